@@ -1,0 +1,981 @@
+"""TWOSOME in one file: a language model learns to act, by practice.
+
+A language model knows what people usually do. It does not know what works here. TWOSOME (Tan et
+al., ICLR 2024, arXiv 2401.14151) asks it for the probability of every action that the
+environment offers, as the ending of one sentence, and takes these probabilities as a policy. From
+then on it is ordinary reinforcement learning: act, see what was rewarded, and nudge a small
+adapter (LoRA) so that rewarded endings become likelier. The model itself stays frozen.
+
+    python twosome.py --env overcooked                              # two minutes on a laptop
+    python twosome.py --env overcooked --task tomato-lettuce-salad  # ten right decisions in a row
+    python twosome.py --env virtualhome --task food-preparation
+    python twosome.py --env virtualhome --task entertainment
+    python twosome.py --env overcooked --model HuggingFaceTB/SmolLM2-135M --device cuda
+    python twosome.py --evaluate runs/tomato-salad-word-seed1       # 100 more episodes of a run
+    python twosome.py --resume runs/tomato-salad-word-seed1         # go on where it stopped
+
+Sections 1 to 4 are the whole algorithm, in reading order; a student can stop there.
+0 arguments · 1 prompts · 2 scoring · 3 the actor-critic · 4 PPO · 5 a training run ·
+7 evaluation · 9 the command line
+"""
+
+import argparse
+import csv
+import difflib
+import functools
+import json
+import os
+import random
+import signal
+import sys
+import time
+import weakref
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from overcooked_text import OvercookedText
+from virtualhome_text import VirtualHomeText
+
+ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
+
+
+class UserError(Exception):
+    """A mistake that its user can mend; the command line prints it as one line."""
+
+
+# ==================================================================================================
+# 0. Arguments: every knob, why it stands where it stands, and where the paper had it.
+# ==================================================================================================
+
+def knob(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Args:
+    env: str = knob("overcooked", "the environment", tuple(ENVS))
+    task: str = knob("", "a task of the environment; without it, its first one")
+    method: str = knob("twosome", "twosome trains; zero-shot only evaluates the untrained LLM",
+                       ("twosome", "zero-shot"))
+    norm: str = knob("word", "divide an action's log-probability by its words (the paper's best), "
+                     "by its tokens, or not at all", ("word", "token", "none"))
+    model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B; ours: "
+                      "pocket_lm, which comes with this file and needs no download")
+    steps: int = knob(0, "environment steps (decisions), 0 for the task's own number below; "
+                      "paper: 500,000 Overcooked, 50,000 and 200,000 VirtualHome")
+    seed: int = knob(1, "seed of everything random: LoRA, critic, sampled actions, minibatches")
+    out: str = knob("", "the run's folder; without it, a new one under runs/")
+    device: str = knob("auto", "auto takes cuda, then mps, then cpu", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
+                      "paper: float16 throughout", ("float32", "bfloat16"))
+    # --- rollout
+    n_envs: int = knob(8, "environments played side by side; paper: 4; the scores of a state are "
+                       "remembered, so more of them are almost free")
+    rollout_steps: int = knob(64, "decisions of each environment between two updates; paper: 32; "
+                              "ours is longer so that a rollout holds whole episodes")
+    # --- returns
+    gamma: float = knob(0.0, "discount per primitive step, 0 for the environment's own: 0.99 "
+                        "Overcooked, 0.95 VirtualHome, as in the paper")
+    gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
+    bootstrap_time_limit: bool = knob(
+        True, "value what would have come after the time limit; paper: counts it as an end")
+    # --- update. A small LM must move much further from its prior than LLaMA-7B, hence the rates.
+    policy_lr: float = knob(1e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
+    value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
+    epochs: int = knob(2, "passes over a rollout; paper: 1, which wastes data at our small scale")
+    minibatches: int = knob(2, "optimiser steps per pass; paper: 4. A state that occurs often in a "
+                            "minibatch costs one forward pass, so large minibatches are cheap")
+    max_prompts: int = knob(32, "prompts that go through the LLM at once: lower it when memory is "
+                            "short, the numbers stay the same; paper: 4 (and all their actions)")
+    clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
+    ent_coef: float = knob(0.01, "weight of the entropy bonus; paper: the same")
+    vf_coef: float = knob(0.5, "weight of the value loss; paper: the same")
+    target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
+    max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
+    critic_warmup: int = knob(0, "first updates that train only the critic; paper: 0")
+
+
+# Steps that a small LM needs, found on seeds 101 to 103, which no reported run uses.
+TASK_STEPS = {"tomato-salad": 20_000, "tomato-lettuce-salad": 60_000,
+              "food-preparation": 30_000, "entertainment": 60_000}
+GAMMA = {"overcooked": 0.99, "virtualhome": 0.95}
+
+
+# ==================================================================================================
+# 1. Prompts: what the agent perceives becomes the first half of a sentence, each action ends it.
+# ==================================================================================================
+
+def build_prompt(obs: str, goal: str) -> str:
+    """Return the prompt, an unfinished sentence; a blank and an action finish it.
+
+    The paper (section 4.4) gives four principles. The environments follow them when they word
+    `obs` and the actions:
+    1. Cohesive: "... your next step is to" + " chop the tomato" reads as one fluent sentence,
+       so the LM does what it was trained for: it goes on with a text.
+    2. Articles: "pick up the tomato", as people write, not "pick up tomato".
+    3. Preferred words: what can be acted on is named in the observation by the same words. If the
+       text says "a bowl", the action says "the bowl", never "the plate".
+    4. Alternative actions: one action is worded by the situation. Going to the board is "walk to
+       the cutting board" with empty hands and "put the raw tomato on the cutting board" with full.
+
+    >>> build_prompt("You hold the raw tomato.", "make a soup")
+    'You hold the raw tomato. To make a soup, your next step is to'
+    """
+    return f"{obs} To {goal}, your next step is to"
+
+
+# ==================================================================================================
+# 2. Scoring: how likely is each action as the ending of the prompt, in the eyes of the LM?
+# ==================================================================================================
+
+@functools.lru_cache(maxsize=100_000)  # the same states come back all the time
+def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
+    """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
+
+    Prompt and action are tokenised together, because that is what the LM was trained on: most
+    tokenizers put the blank between words into the next word's first token. Where the prompt ends
+    is then read off the character offsets. (Counting the tokens of the action alone, as is often
+    done, is off by one for tokenizers without a BOS token.)
+
+    Raises UserError if a token holds letters of both: P(action | prompt) is then not defined.
+    """
+    end = len(prompt)
+    batch = tokenizer([f"{prompt} {action}" for action in actions], return_offsets_mapping=True)
+    prompt_ids, action_ids = None, []
+    for action, ids, offsets in zip(actions, batch["input_ids"], batch["offset_mapping"]):
+        first = next(i for i, (start, _) in enumerate(offsets) if start >= end)
+        # The blank at `end` may close the prompt's last token or open the action's first one.
+        if offsets[first - 1][1] > end + 1 or (prompt_ids or ids[:first]) != ids[:first]:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} puts the end of the prompt and the "
+                f"beginning of {action!r} into one token "
+                f"({tokenizer.convert_ids_to_tokens(ids[first - 1])!r}), so the action has no "
+                "probability of its own; choose a model whose tokens do not reach across words")
+        prompt_ids = ids[:first]
+        # Special tokens that a tokenizer appends (EOS) have the offsets (0, 0): not the action's.
+        action_ids.append([i for i, (start, _) in zip(ids, offsets) if start >= end])
+    return prompt_ids, action_ids
+
+
+def pad_rows(rows: list[list[int]], value: int, device) -> torch.Tensor:
+    """Lists of different length become one (rows, longest) tensor, filled up on the right."""
+    return pad_sequence([torch.tensor(r) for r in rows], True, value).to(device)
+
+
+def plain_log_probs(model, encoded) -> list[torch.Tensor]:
+    """The definition: one row for each (prompt, action), the whole row through the LM.
+
+        log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1})               (paper, Eq. 2's exponent)
+
+    encoded: B pairs from `encode`. Returns B float32 tensors (K_b,).
+    """
+    rows = [prompt + action for prompt, actions in encoded for action in actions]
+    starts = torch.tensor([len(prompt) for prompt, actions in encoded for _ in actions])
+    ids = pad_rows(rows, 0, model.device)                                                 # (R, L)
+    real = pad_rows([[1] * len(row) for row in rows], 0, model.device)                    # (R, L)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits            # (R, L, V)
+    # The logits at column t predict the token at column t + 1.
+    log_p = F.log_softmax(logits[:, :-1].float(), dim=-1)                                 # (R, L-1, V)
+    log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)                                # (R, L-1)
+    columns = torch.arange(1, ids.shape[1], device=ids.device)
+    is_action = (columns >= starts.to(ids.device)[:, None]) & (real[:, 1:] == 1)          # (R, L-1)
+    return list((log_p * is_action).sum(-1).split([len(actions) for _, actions in encoded]))
+
+
+def packed_log_probs(model, encoded) -> list[torch.Tensor]:
+    """The efficiency: the same numbers, with the prompt once and all its actions behind it.
+
+    One row a prompt:       s s s s s | a a a | b b | c c c
+    segment                 0 0 0 0 0 | 1 1 1 | 2 2 | 3 3 3
+    position                0 1 2 3 4 | 5 6 7 | 5 6 | 5 6 7
+
+    A token of action b may look at the prompt and at b's own earlier tokens, and its position
+    says that it follows the prompt directly. So it computes exactly what it computes in a row of
+    its own, and the prompt, by far the longest part, is computed once instead of K times.
+    An action's last token predicts nothing that we need, so it is left out of the row.
+    The largest matrix of a small LM maps to the vocabulary: it is applied only where an action's
+    token is predicted, at the prompt's last token and behind it.
+    """
+    ids, segments, positions, targets, sources = [], [], [], [], []
+    n_logits = 0
+    for prompt, actions in encoded:
+        row, segment, position = list(prompt), [0] * len(prompt), list(range(len(prompt)))
+        for k, action in enumerate(actions, start=1):
+            # Which logit predicts which token: the prompt's last one, then the action's own.
+            behind = n_logits + len(row) - len(prompt) + 1
+            sources += [n_logits] + list(range(behind, behind + len(action) - 1))
+            targets += action
+            row += action[:-1]
+            segment += [k] * (len(action) - 1)
+            position += range(len(prompt), len(prompt) + len(action) - 1)
+        n_logits += len(row) - len(prompt) + 1
+        ids.append(row), segments.append(segment), positions.append(position)
+    device, dtype = model.device, model.dtype
+    ids, positions = pad_rows(ids, 0, device), pad_rows(positions, 0, device)             # (B, L)
+    segments = pad_rows(segments, -1, device)                                             # (B, L)
+    query, key = segments[:, :, None], segments[:, None, :]
+    sees = ((key == 0) | (key == query)).tril()                                           # (B, L, L)
+    # Added to the attention scores. finfo.min and not -inf, which turns padded rows into NaN.
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]                       # (B, 1, L, L)
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                 use_cache=False).last_hidden_state                       # (B, L, H)
+    last_of_prompt = torch.tensor([[len(prompt) - 1] for prompt, _ in encoded], device=device)
+    wanted = (torch.arange(ids.shape[1], device=device) >= last_of_prompt) & (segments >= 0)
+    log_p = F.log_softmax(model.get_output_embeddings()(hidden[wanted]).float(), dim=-1)  # (N, V)
+    token_log_probs = log_p[torch.tensor(sources, device=device),
+                            torch.tensor(targets, device=device)]                         # (tokens,)
+    lengths = [len(action) for _, actions in encoded for action in actions]
+    log_probs = torch.stack([part.sum() for part in token_log_probs.split(lengths)])
+    return list(log_probs.split([len(actions) for _, actions in encoded]))
+
+
+# Not every LM may be packed: sliding windows count columns, ALiBi ignores positions, a state-space
+# model has no mask. So each model is compared once with the definition, on the longest row so far.
+packed_is_exact_up_to = weakref.WeakKeyDictionary()  # model -> tokens in a row; 0: never pack
+
+
+@torch.no_grad()
+def may_pack(model, encoded) -> bool:
+    """Does packing give the defined numbers for this model, on rows as long as these?"""
+    length = [len(prompt) + sum(len(action) for action in actions) for prompt, actions in encoded]
+    known = packed_is_exact_up_to.get(model)
+    if known == 0 or (known is not None and max(length) <= known):
+        return known != 0
+    sample = [encoded[length.index(max(length))], encoded[length.index(min(length))]]
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bfloat16 rounds to 3 digits
+    try:
+        same = all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(
+            packed_log_probs(model, sample), plain_log_probs(model, sample)))
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        same = False  # this architecture does not take a mask or positions of ours at all
+    packed_is_exact_up_to[model] = max(length) if same else 0
+    if not same:
+        print("note: this LM's attention cannot be packed; scoring one row for each action, "
+              "which is slower and gives the same numbers", file=sys.stderr)
+    return same
+
+
+def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[str]]):
+    """Joint log-probability of each action's tokens after its prompt (paper, section 4.1).
+
+    prompts: B strings; actions: B lists of K_b strings, K_b may differ.
+    Returns (log_probs, n_tokens): B float32 tensors (K_b,), in nats, with gradients; and B int
+    tensors (K_b,), the number of tokens of each action. Works for any Hugging Face causal LM.
+
+    A worked example. If after the prompt the LM gives "chop" 0.5, "the" after it 0.8 and "egg"
+    after that 0.1, then P("chop the egg") = 0.5 * 0.8 * 0.1 = 0.04 and log P = -3.22.
+    """
+    encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
+    longest = max(len(p) + max(map(len, a)) for p, a in encoded)
+    context = getattr(model.config, "max_position_embeddings", None) or longest
+    if longest > context:
+        raise UserError(f"a prompt with its action has {longest} tokens and this model reads at "
+                        f"most {context}; choose a model with a longer context")
+    score = packed_log_probs if may_pack(model, encoded) else plain_log_probs
+    n_tokens = [torch.tensor([len(action) for action in actions]) for _, actions in encoded]
+    return score(model, encoded), n_tokens
+
+
+def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
+    """Make actions of different length comparable; the policy is the softmax of the result.
+
+    A product of more factors is smaller: without normalisation a long action is punished for its
+    length. Per token (Eq. 3), a long word that is cut in pieces is rewarded, because all pieces
+    but the first are nearly certain. Per word (Eq. 4) does neither.
+
+    log_probs, n_tokens, n_words: B tensors (K_b,) each. Returns B tensors (K_b,).
+
+    >>> normalize([torch.tensor([-6.0])], [torch.tensor([4])], [torch.tensor([3])], "word")
+    [tensor([-2.])]
+    """
+    if norm == "none":
+        return log_probs
+    lengths = {"token": n_tokens, "word": n_words}[norm]
+    return [log_prob / length.to(log_prob.device) for log_prob, length in zip(log_probs, lengths)]
+
+
+# ==================================================================================================
+# 3. The actor-critic: one frozen LM carries both, LoRA turns it into the actor, an MLP reads it.
+# ==================================================================================================
+
+def add_lora(model: nn.Module) -> nn.Module:
+    """Wrap the LM with LoRA on its query and value projections, as the paper does.
+
+    LoRA replaces a frozen matrix W by W + (alpha / r) B A, with A (r, in) random and B (out, r)
+    zero at first: before training the wrapped LM is the LM itself. Only A and B are trained.
+    """
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = ["q_proj", "v_proj"]
+    if not names.issuperset(targets):  # GPT-2, BLOOM, ... name or fuse these projections otherwise
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
+            model.config.model_type, "all-linear")
+    # r, alpha, dropout: the paper's. peft keeps A and B in float32, also over a bfloat16 LM:
+    # in half precision a step of 5e-7 would leave a weight of 0.01 as it is.
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, bias="none",
+                                            target_modules=targets, task_type="CAUSAL_LM"))
+
+
+class Agent(nn.Module):
+    """Policy and value of a state, both from the same frozen LM.
+
+    Trained: LoRA (by the policy's loss) and the critic (by the value's loss). Nothing else.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, norm: str = "word", max_prompts: int = 32):
+        super().__init__()
+        self.model, self.tokenizer = add_lora(model).eval(), tokenizer
+        self.norm, self.max_prompts = norm, max_prompts
+        self.critic = nn.Sequential(
+            nn.Linear(model.config.hidden_size, 1024), nn.ReLU(),
+            nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device)
+        self.features_memory = {}  # prompt -> (H,): never changes, the LM is frozen
+        self.policy_memory = {}    # (prompt, actions) -> (K,): holds until LoRA changes
+
+    def log_policy(self, prompts: list[str], actions: list[tuple[str, ...]]) -> list[torch.Tensor]:
+        """log pi(. | s) for B states: B tensors (K_b,), with gradients."""
+        log_probs, n_tokens = action_log_probs(self.model, self.tokenizer, prompts, actions)
+        n_words = [torch.tensor([len(a.split()) for a in offered]) for offered in actions]
+        scores = normalize(log_probs, n_tokens, n_words, self.norm)
+        # pi(a | s) = exp(score_a) / sum_b exp(score_b)                       (Eq. 2, 3 or 4)
+        return [F.log_softmax(score, dim=-1) for score in scores]
+
+    @torch.no_grad()
+    def remembered_log_policy(self, states: list[tuple[str, tuple[str, ...]]]):
+        """The same without gradients. Between two updates the policy is fixed: each distinct
+        state goes through the LM once, however often it is visited."""
+        new = list(dict.fromkeys(s for s in states if s not in self.policy_memory))
+        for i in range(0, len(new), self.max_prompts):
+            chunk = new[i:i + self.max_prompts]
+            policies = self.log_policy(*map(list, zip(*chunk)))
+            self.policy_memory.update(zip(chunk, (policy.cpu() for policy in policies)))
+        return [self.policy_memory[s] for s in states]
+
+    @torch.no_grad()
+    def features(self, prompts: list[str]) -> torch.Tensor:
+        """What the critic sees, (B, H): the last hidden state of the prompt's last token.
+
+        The adapter is off. With it on, each policy update would change the critic's input under
+        its feet; off, a prompt's features are constants, computed once and remembered.
+        The last real token, not column -1: that is padding for all but the longest prompt, and
+        the value of a state would depend on the states that share its batch.
+        """
+        new = list(dict.fromkeys(p for p in prompts if p not in self.features_memory))
+        for i in range(0, len(new), self.max_prompts):
+            chunk = new[i:i + self.max_prompts]
+            rows = [self.tokenizer(prompt)["input_ids"] for prompt in chunk]
+            ids = pad_rows(rows, 0, self.model.device)                                    # (B, L)
+            real = pad_rows([[1] * len(row) for row in rows], 0, self.model.device)       # (B, L)
+            with self.model.disable_adapter():
+                hidden = self.model.get_decoder()(
+                    input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state
+            last = real.sum(-1) - 1                                                       # (B,)
+            rows_of = torch.arange(len(chunk), device=last.device)
+            self.features_memory.update(zip(chunk, hidden[rows_of, last].float()))
+        return torch.stack([self.features_memory[p] for p in prompts])
+
+    def value(self, prompts: list[str]) -> torch.Tensor:
+        """V(s) for B prompts: (B,) float32, with gradients for the critic only."""
+        return self.critic(self.features(prompts)).squeeze(-1)
+
+
+# ==================================================================================================
+# 4. PPO: play with the present policy, judge each decision by what followed, move a little.
+# ==================================================================================================
+
+class Episode:
+    """One environment being played: its present state in words, and what it has earned."""
+
+    def __init__(self, env, gamma: float):
+        self.env, self.gamma = env, gamma
+        self.start()
+
+    def start(self):
+        self.obs, info = self.env.reset()
+        self.offered = info["actions"]                # global action index -> phrase
+        self.ret, self.length, self.success = 0.0, 0, False
+
+    @property
+    def prompt(self) -> str:
+        return build_prompt(self.obs, self.env.goal)
+
+    @property
+    def state(self) -> tuple[str, tuple[str, ...]]:
+        return self.prompt, tuple(self.offered.values())
+
+    def act(self, chosen: int):
+        """Take the chosen one (0 ... K-1) of the offered actions.
+
+        Returns reward, discount, terminated, truncated. An Overcooked action is a macro-action
+        ("chop" is three strokes) of k primitive steps; its reward is already discounted inside,
+        and what comes after it is discounted by gamma^k: a semi-Markov decision process.
+        """
+        self.obs, reward, terminated, truncated, info = self.env.step(list(self.offered)[chosen])
+        self.offered, self.success = info["actions"], info["success"]
+        self.ret += self.gamma ** self.length * reward
+        self.length += info["primitive_steps"]
+        return reward, self.gamma ** info["primitive_steps"], terminated, truncated
+
+
+@dataclass
+class Rollout:
+    """T decisions of N environments; lists and tensors of length T * N, step by step."""
+    states: list            # (prompt, actions)
+    chosen: torch.Tensor    # index into actions
+    log_prob: torch.Tensor  # of the chosen action, under the policy that chose it
+    reward: torch.Tensor
+    value: torch.Tensor     # V(s_t)
+    advantage: torch.Tensor
+    returns: torch.Tensor   # advantage + value: what the critic should have said
+    episodes: list          # (success, discounted return, length) of each that ended
+
+
+def gae(reward, discount, value, next_value, done, gae_lambda):
+    """Generalised advantage estimation for macro-actions (Schulman et al., 2016). All (T, N).
+
+        delta_t = r_t + gamma^k_t V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma^k_t lambda A_{t+1}, cut where an episode ends
+
+    discount is gamma^k_t; next_value is 0 after a success. With one-step actions k_t = 1, and
+    this is the textbook's formula.
+
+    A worked example: a step of k = 2 at gamma 0.5, then a step of k = 1 that earns 1 and ends.
+    The last advantage is 1 - 0.4 = 0.6; the one before 0.25 * 0.4 - 0.2 + 0.25 * 1 * 0.6 = 0.05.
+
+    >>> column = lambda *x: torch.tensor(x)[:, None]
+    >>> gae(column(0., 1.), column(.25, .5), column(.2, .4), column(.4, 0.), column(0., 1.), 1.0)
+    tensor([[0.0500],
+            [0.6000]])
+    """
+    advantage, following = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        delta = reward[t] + discount[t] * next_value[t] - value[t]
+        following = delta + discount[t] * gae_lambda * (1 - done[t]) * following
+        advantage[t] = following
+    return advantage
+
+
+def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random) -> Rollout:
+    """Play `rollout_steps` decisions in each environment and judge them."""
+    states, chosen, log_prob, episodes = [], [], [], []
+    rewards, discounts, dones, next_prompts, ends = [], [], [], [], []
+    for _ in range(args.rollout_steps):
+        now = [episode.state for episode in playing]
+        for episode, state, policy in zip(playing, now, agent.remembered_log_policy(now)):
+            action = rng.choices(range(len(policy)), weights=policy.exp().tolist())[0]
+            reward, discount, terminated, truncated = episode.act(action)
+            states.append(state), chosen.append(action), log_prob.append(policy[action])
+            rewards.append(reward), discounts.append(discount)
+            dones.append(terminated or truncated)
+            # The time limit is not part of the state, so it is no reason for a state to be worth
+            # nothing: what would have followed is estimated by the critic. A success is the end.
+            ends.append(terminated or (truncated and not args.bootstrap_time_limit))
+            next_prompts.append(episode.prompt)
+            if dones[-1]:
+                episodes.append((episode.success, episode.ret, episode.length))
+                episode.start()
+    with torch.no_grad():
+        value = agent.value([prompt for prompt, _ in states]).cpu()
+        next_value = agent.value(next_prompts).cpu() * ~torch.tensor(ends)
+    grid = lambda x: torch.as_tensor(x, dtype=torch.float32).view(-1, len(playing))       # (T, N)
+    advantage = gae(grid(rewards), grid(discounts), grid(value), grid(next_value), grid(dones),
+                    args.gae_lambda).flatten()
+    return Rollout(states, torch.tensor(chosen), torch.stack(log_prob), torch.tensor(rewards),
+                   value, advantage, advantage + value, episodes)
+
+
+def minibatches(n: int, parts: int, rng: random.Random) -> list[list[int]]:
+    """The numbers 0 ... n-1, shuffled and cut into nearly equal parts."""
+    order = rng.sample(range(n), n)
+    return [order[i::parts] for i in range(parts)]
+
+
+def check_finite(x: torch.Tensor, what: str):
+    if not x.isfinite().all():
+        raise UserError(f"the {what} is not a finite number any more: the learning rate is too "
+                        "high for this model; the last checkpoint is kept")
+
+
+def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> dict:
+    """Move LoRA towards decisions that turned out better than expected, but not far.
+
+        r = pi(a|s) / pi_old(a|s)
+        L = -mean min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent * mean H(pi(. | s))
+
+    On the first minibatch pi is pi_old and r is 1; it moves with each step, and clipping removes
+    the incentive to move it further than eps.
+    """
+    # Over the whole rollout. The reference normalises over minibatches of 4, where the sign of an
+    # advantage depends on its three neighbours.
+    advantages = rollout.advantage
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    log = {"policy_loss": [], "entropy": [], "approx_kl": [], "clip_fraction": []}
+    for _ in range(args.epochs):
+        for batch in minibatches(len(rollout.states), args.minibatches, rng):
+            # Each distinct state goes through the LM once; its decisions share the result.
+            decisions = {}
+            for i in batch:
+                decisions.setdefault(rollout.states[i], []).append(i)
+            distinct = sorted(decisions, key=lambda state: len(state[0]))  # less padding
+            sums = dict.fromkeys(log, 0.0)
+            optimizer.zero_grad()
+            for j in range(0, len(distinct), args.max_prompts):
+                chunk = distinct[j:j + args.max_prompts]
+                policies = agent.log_policy(*map(list, zip(*chunk)))
+                row = torch.tensor([b for b, s in enumerate(chunk) for _ in decisions[s]])
+                i = torch.tensor([i for s in chunk for i in decisions[s]])
+                table = pad_sequence(policies, True, 0.0)                                 # (B, K)
+                device = table.device
+                log_ratio = (table[row.to(device), rollout.chosen[i].to(device)]
+                             - rollout.log_prob[i].to(device))                            # (n,)
+                ratio, advantage = log_ratio.exp(), advantages[i].to(device)
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                surrogate = torch.min(ratio * advantage, clipped * advantage)
+                entropy = torch.stack([-(p.exp() * p).sum() for p in policies])[row.to(device)]
+                loss = -(surrogate + args.ent_coef * entropy).sum() / len(batch)
+                check_finite(loss, "policy loss")
+                loss.backward()
+                with torch.no_grad():
+                    sums["policy_loss"] -= surrogate.sum().item()
+                    sums["entropy"] += entropy.sum().item()
+                    sums["approx_kl"] += (ratio - 1 - log_ratio).sum().item()  # Schulman's k3
+                    sums["clip_fraction"] += (ratio != clipped).sum().item()
+            for name, total in sums.items():
+                log[name].append(total / len(batch))
+            if log["approx_kl"][-1] > args.target_kl:  # far enough: this step is not taken
+                break
+            nn.utils.clip_grad_norm_(agent.model.parameters(), args.max_grad_norm)
+            optimizer.step()
+        else:
+            continue
+        break
+    agent.policy_memory.clear()
+    return {name: float(np.mean(values)) for name, values in log.items()}
+
+
+def update_value(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> dict:
+    """Move the critic towards the returns; like the policy, at most clip_coef an update.
+
+        L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
+    """
+    losses = []
+    prompts = [prompt for prompt, _ in rollout.states]
+    features = agent.features(prompts)
+    old, returns = rollout.value.to(features.device), rollout.returns.to(features.device)
+    for _ in range(args.epochs):
+        for batch in minibatches(len(prompts), args.minibatches, rng):
+            value = agent.critic(features[batch]).squeeze(-1)
+            clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
+            error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
+            loss = args.vf_coef * 0.5 * error.mean()
+            check_finite(loss, "value loss")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.item())
+    # 1: the critic explains all of the returns' variance; 0: as good as their mean; below: worse.
+    explained = 1 - (rollout.returns - rollout.value).var() / (rollout.returns.var() + 1e-8)
+    return {"value_loss": float(np.mean(losses)), "explained_variance": explained.item()}
+
+
+# ==================================================================================================
+# 5. A training run: rollout, update, one row of the log; and a folder from which it can go on.
+# ==================================================================================================
+
+METRICS = ["update", "env_steps", "episodes", "success", "return", "length", "policy_loss",
+           "value_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance",
+           "steps_per_second", "seconds"]
+
+
+def load_lm(name: str, device: str, dtype: str):
+    """Return (model, tokenizer) from a folder or the Hub. Only safetensors, never remote code."""
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA GPU that torch can use")
+    elif device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Apple GPU that torch can use")
+    if name == "pocket_lm":
+        name = str(Path(__file__).resolve().parent / name)
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{name} is not a model folder: it has no config.json")
+    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "~"))):
+        raise UserError(f"no model folder {name}; give a folder or a Hub id such as owner/name")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load the model {name}: {reason[:300]}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {name} reports no character offsets (it is not a fast "
+                        "one), so the end of the prompt cannot be found; choose another model")
+    return model.to(device), tokenizer
+
+
+def make_env(args: Args):
+    return ENVS[args.env](task=args.task)
+
+
+def trained_parameters(agent: Agent) -> dict[str, torch.Tensor]:
+    """Everything that training changes: LoRA and the critic, by name."""
+    return {name: p for name, p in agent.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(run: Path, agent: Agent, optimizers: dict, progress: dict):
+    """Write all that a resume needs into one file; a kill at any moment leaves old or new."""
+    tensors = {f"weight.{n}": p.detach().contiguous() for n, p in trained_parameters(agent).items()}
+    for name, optimizer in optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{i}.{key}": value.contiguous() for key, value in state.items()}
+    save_file(tensors, run / "checkpoint.tmp", metadata={"progress": json.dumps(progress)})
+    os.replace(run / "checkpoint.tmp", run / "checkpoint.safetensors")
+
+
+def load_checkpoint(run: Path, agent: Agent, optimizers: dict) -> dict:
+    """Put weights and optimisers back as `save_checkpoint` found them; return the progress."""
+    path = run / "checkpoint.safetensors"
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+        with torch.no_grad():
+            for name, parameter in trained_parameters(agent).items():
+                parameter.copy_(tensors[f"weight.{name}"])
+        for name, optimizer in optimizers.items():
+            state = {}
+            for key, value in tensors.items():
+                if key.startswith(name + "."):
+                    _, i, entry = key.split(".")
+                    state.setdefault(int(i), {})[entry] = value
+            optimizer.load_state_dict({"state": state,
+                                       "param_groups": optimizer.state_dict()["param_groups"]})
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is missing, damaged or of another model ({error}); "
+                        "start again with another --out") from error
+    return progress
+
+
+def train(args: Args, run: Path, resume: bool = False):
+    """Train an agent, log each update into metrics.csv, end with the adapter and a summary."""
+    if not resume:
+        run.mkdir(parents=True)
+        write_json(run / "config.json", asdict(args))
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_lm(args.model, args.device, args.dtype)
+    agent = Agent(model, tokenizer, args.norm, args.max_prompts)
+    lora = [p for p in agent.model.parameters() if p.requires_grad]
+    print(f"{args.task} with {args.model}: {sum(p.numel() for p in model.parameters()):,} weights "
+          f"on {model.device}, of which {sum(p.numel() for p in lora):,} in LoRA are trained, and "
+          f"a critic of {sum(p.numel() for p in agent.critic.parameters()):,}")
+    optimizers = {"policy": torch.optim.AdamW(lora, args.policy_lr, eps=1e-5, weight_decay=0.0),
+                  "value": torch.optim.Adam(agent.critic.parameters(), args.value_lr, eps=1e-5)}
+    playing = [Episode(make_env(args), args.gamma) for _ in range(args.n_envs)]
+    rng = random.Random(args.seed)
+    steps_per_update = args.n_envs * args.rollout_steps
+    n_updates = max(1, args.steps // steps_per_update)
+    done, seconds, before, rows = 0, 0.0, None, []
+
+    if resume:
+        progress = load_checkpoint(run, agent, optimizers)
+        done, seconds, before = progress["update"], progress["seconds"], progress["before"]
+        version, internal, gauss = progress["rng"]
+        rng.setstate((version, tuple(internal), gauss))
+        for episode, state in zip(playing, progress["playing"], strict=True):
+            episode.env.set_state(state.pop("env"))
+            state["offered"] = {int(index): phrase for index, phrase in state["offered"].items()}
+            vars(episode).update(state)
+        with open(run / "metrics.csv", newline="") as file:  # rows after the checkpoint come anew
+            rows = [row for row in csv.DictReader(file) if int(row["update"]) <= done]
+    else:
+        before = evaluate(agent, args, EVALUATION_EPISODES)
+        print("before training:", describe(before))
+
+    def progress() -> dict:
+        return {"update": done, "seconds": seconds, "before": before, "rng": rng.getstate(),
+                "playing": [{"obs": e.obs, "offered": e.offered, "ret": e.ret, "length": e.length,
+                             "success": e.success, "env": e.env.get_state()} for e in playing]}
+
+    stop = []  # filled by the first Ctrl-C: the update at hand is finished, then the run is saved
+
+    def on_interrupt(signum, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(signum)
+        tqdm.write("stopping after this update; press Ctrl-C again to stop at once")
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    bar = tqdm(total=n_updates * steps_per_update, initial=done * steps_per_update, unit="step",
+               dynamic_ncols=True)
+    with open(run / "metrics.csv", "w", newline="") as file, bar:
+        writer = csv.DictWriter(file, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)
+        while done < n_updates and not stop:
+            started = time.perf_counter()
+            left = 1 - done / n_updates  # learning rates fall linearly to 0
+            optimizers["policy"].param_groups[0]["lr"] = args.policy_lr * left
+            optimizers["value"].param_groups[0]["lr"] = args.value_lr * left
+            rollout = collect(agent, playing, args, rng)
+            log = dict.fromkeys(METRICS, "")
+            if done >= args.critic_warmup:
+                log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
+            log |= update_value(agent, optimizers["value"], rollout, args, rng)
+            done += 1
+            took = time.perf_counter() - started
+            seconds += took
+            log |= {"update": done, "env_steps": done * steps_per_update,
+                    "episodes": len(rollout.episodes), "steps_per_second": steps_per_update / took,
+                    "seconds": seconds}
+            if rollout.episodes:
+                log |= zip(("success", "return", "length"), np.mean(rollout.episodes, axis=0))
+            log = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in log.items()}
+            writer.writerow(log)
+            file.flush()
+            bar.set_postfix_str(" ".join(f"{short} {float(log[name]):.{digits}f}"
+                for name, short, digits in (("success", "success", 2), ("return", "return", 2),
+                                            ("entropy", "entropy", 2), ("approx_kl", "kl", 3))
+                if log[name] != ""))
+            bar.update(steps_per_update)
+            if done % CHECKPOINT_EVERY == 0 or done == n_updates or stop:
+                save_checkpoint(run, agent, optimizers, progress())
+    signal.signal(signal.SIGINT, old_handler)
+    agent.model.save_pretrained(run / "adapter")
+    save_file(agent.critic.state_dict(), run / "critic.safetensors")
+    if stop:
+        raise UserError(f"stopped after {done * steps_per_update:,} of {n_updates * steps_per_update:,}"
+                        f" steps, nothing is lost; go on with: python twosome.py --resume {run}")
+    after = evaluate(agent, args, EVALUATION_EPISODES)
+    write_summary(args, run, done * steps_per_update, seconds, before, after)
+    print("after training: ", describe(after))
+    show_episode(agent, args)
+    print(f"""
+In {seconds:.0f} s and {done * steps_per_update:,} decisions success went from {before['success']:.2f} \
+to {after['success']:.2f} and discounted
+return from {before['return']:.3f} to {after['return']:.3f} (best possible: {OPTIMUM[args.task]:.3f}).
+The run is in {run}: metrics.csv, summary.json, adapter/ (PEFT format), critic.safetensors.
+Next: python twosome.py --evaluate {run}""")
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+CHECKPOINT_EVERY = 5  # updates: the most that a crash can lose
+
+
+# ==================================================================================================
+# 7. Evaluation: many episodes with sampled actions, because the policy is a distribution.
+# ==================================================================================================
+
+EVALUATION_EPISODES = 100
+
+# The best discounted return that a task allows, by exact search over all of its states.
+OPTIMUM = {"tomato-salad": 0.92052, "tomato-lettuce-salad": 0.94766, "entertainment": 0.59874} | {
+    task: 0.77378 for task in VirtualHomeText.TASKS if task != "entertainment"}
+
+
+def evaluate(agent: Agent, args: Args, n_episodes: int) -> dict:
+    """Play n episodes, all at once so that their prompts share the LM's batches."""
+    rng = random.Random(f"evaluation {args.seed}")  # apart from training's, and the same each time
+    episodes = [Episode(make_env(args), args.gamma) for _ in range(n_episodes)]
+    playing = episodes
+    while playing:
+        still_playing = []
+        policies = agent.remembered_log_policy([episode.state for episode in playing])
+        for episode, policy in zip(playing, policies):
+            action = rng.choices(range(len(policy)), weights=policy.exp().tolist())[0]
+            _, _, terminated, truncated = episode.act(action)
+            if not (terminated or truncated):
+                still_playing.append(episode)
+        playing = still_playing
+    agent.policy_memory.clear()
+    results = np.array([(e.success, e.ret, e.length) for e in episodes])
+    return dict(zip(("success", "return", "length"), results.mean(axis=0).tolist()),
+                return_std=results[:, 1].std().item(), episodes=n_episodes)
+
+
+def describe(result: dict) -> str:
+    return (f"success {result['success']:.2f}, discounted return {result['return']:.3f} "
+            f"(std {result['return_std']:.3f}), {result['length']:.1f} primitive steps, over "
+            f"{result['episodes']} sampled episodes")
+
+
+def show_episode(agent: Agent, args: Args):
+    """Print one episode: each decision, its probability before training and after."""
+    episode, rng, over = Episode(make_env(args), args.gamma), random.Random(args.seed), False
+    print("\none episode (probability of the chosen action before -> after training):")
+    for _ in range(30):
+        (after,) = agent.remembered_log_policy([episode.state])
+        with torch.no_grad(), agent.model.disable_adapter():
+            (before,) = agent.log_policy(*map(list, zip(episode.state)))
+        action = rng.choices(range(len(after)), weights=after.exp().tolist())[0]
+        print(f"  {before[action].exp():.2f} -> {after[action].exp():.2f}  {episode.state[1][action]}")
+        _, _, terminated, truncated = episode.act(action)
+        if terminated or truncated:
+            break
+    print(f"  success: {episode.success}, discounted return {episode.ret:.3f}")
+
+
+def write_summary(args: Args, run: Path, env_steps: int, seconds: float, before, after):
+    write_json(run / "summary.json", {
+        "env": args.env, "task": args.task, "method": args.method, "norm": args.norm,
+        "model": args.model, "seed": args.seed, "env_steps": env_steps, "seconds": seconds,
+        "before": before, "after": after})
+
+
+def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
+    """Return the trained agent of a finished run; flags that were given override its own."""
+    args = finish(Args(**(read_config(run) | given)))
+    model, tokenizer = load_lm(args.model, args.device, args.dtype)
+    agent = Agent(model, tokenizer, args.norm, args.max_prompts)
+    if args.method == "zero-shot":
+        return args, agent
+    try:
+        adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+        unknown = set_peft_model_state_dict(agent.model, adapter).unexpected_keys
+        agent.critic.load_state_dict(load_file(run / "critic.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{run} holds no whole agent for {args.model} ({reason}); if the run was "
+                        f"interrupted, end it with --resume {run}") from error
+    if unknown:
+        raise UserError(f"the adapter in {run} belongs to another model than {args.model}")
+    return args, agent
+
+
+# ==================================================================================================
+# 9. The command line: flags to arguments, mistakes to one line.
+# ==================================================================================================
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a mistake, and the nearest flag that exists."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            flag = next((w for w in message.split()[2:] if w.startswith("-")), message.split()[-1])
+            flags = [s for action in self._actions for s in action.option_strings]
+            near = difflib.get_close_matches(flag.split("=")[0], flags, 1)
+            message = (f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else
+                       "python twosome.py --help lists all flags"))
+        print(f"twosome.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def parse(argv) -> tuple[dict, dict]:
+    """Return (flags that were given and are Args' fields, the mode's own flags)."""
+    parser = Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
+                    allow_abbrev=False)
+    for f in fields(Args):
+        kind = boolean if f.type is bool else f.type
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=f.metadata["choices"],
+                            help=f"{f.metadata['help']} (default: {f.default or 'see help text'})")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    parser.add_argument("--evaluate", metavar="RUN", help="play episodes with a run's agent")
+    parser.add_argument("--episodes", type=int, help="episodes of --evaluate (default: 100)")
+    given = vars(parser.parse_args(argv))
+    mode = {name: given.pop(name) for name in ("resume", "evaluate", "episodes") if name in given}
+    return given, mode
+
+
+def finish(args: Args) -> Args:
+    """Fill in what depends on other arguments; refuse what cannot work."""
+    tasks = list(ENVS[args.env].TASKS)
+    args.task = args.task or tasks[0]
+    if args.task not in tasks:
+        raise UserError(f"--task {args.task}: {args.env} has the tasks {', '.join(tasks)}")
+    args.steps = args.steps or TASK_STEPS.get(args.task, 30_000)
+    args.gamma = args.gamma or GAMMA[args.env]
+    for name in ("steps", "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.n_envs * args.rollout_steps < max(2, args.minibatches):
+        raise UserError("--minibatches is larger than the number of decisions in a rollout")
+    if not 0 < args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
+        raise UserError("--gamma lies in (0, 1] and --gae-lambda in [0, 1]")
+    return args
+
+
+def read_config(run: Path) -> dict:
+    try:
+        config = json.loads((run / "config.json").read_text())
+        Args(**config)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run} is not a run's folder: no readable config.json of ours") from error
+    return config
+
+
+def main(argv=None):
+    given, mode = parse(argv)
+    if "resume" in mode:
+        run = Path(mode["resume"])
+        config = read_config(run)
+        changed = [f"--{n.replace('_', '-')}" for n, value in given.items() if config[n] != value]
+        if changed:
+            raise UserError(f"a resumed run keeps its flags; leave out {', '.join(changed)}")
+        if (run / "summary.json").exists():
+            raise UserError(f"{run} is finished; evaluate it with --evaluate {run}")
+        return train(Args(**config), run, resume=True)
+    if "evaluate" in mode:
+        args, agent = load_run(Path(mode["evaluate"]), given)
+        print(f"{args.task}: {describe(evaluate(agent, args, mode.get('episodes', 100)))}")
+        return show_episode(agent, args)
+    args = finish(Args(**given))
+    name = f"runs/{args.task}-{args.norm}-seed{args.seed}"
+    run = Path(args.out or name)
+    if args.out and run.exists():
+        raise UserError(f"{run} exists already; choose another --out, or --resume {run}")
+    for again in range(2, 10_000):
+        if not run.exists():
+            break
+        run = Path(f"{name}-{again}")
+    if args.method == "zero-shot":
+        run.mkdir(parents=True)
+        write_json(run / "config.json", asdict(args))
+        model, tokenizer = load_lm(args.model, args.device, args.dtype)
+        result = evaluate(Agent(model, tokenizer, args.norm, args.max_prompts), args, 100)
+        write_summary(args, run, 0, 0.0, result, None)
+        print(f"{args.task} without training: {describe(result)}")
+        return None
+    return train(args, run)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"twosome.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("twosome.py: stopped; what was saved last is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:  # disk full, folder not writable, ...
+        print(f"twosome.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
