@@ -1,0 +1,883 @@
+"""Tests that teach: each says in one sentence what would go wrong if it failed.
+
+    pytest                      # all, in less than two minutes on two CPU cores, without network
+    pytest -k boundary -v       # one topic
+
+In the order of the code: environments, pocket_lm, the boundary between prompt and action, scoring,
+actor-critic, PPO, runs, command line.
+"""
+import ast
+import copy
+import csv
+import doctest
+import functools
+import itertools
+import json
+import os
+import pickle
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may use the network
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import overcooked_text
+import twosome
+import virtualhome_text
+from overcooked_text import OvercookedText
+from pocket_lm import make_pocket_lm
+from twosome import Agent, Args, Episode, UserError, action_log_probs, encode
+from virtualhome_text import VirtualHomeText
+
+ROOT = Path(__file__).resolve().parent
+# What the libraries tell their own authors, and peft about GPT-2's transposed matrices.
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"),
+              pytest.mark.filterwarnings("ignore:fan_in_fan_out")]
+
+TASKS = [(env, task) for env in twosome.ENVS.values() for task in env.TASKS]
+HOME = "This home has a kitchen, a bathroom, a bedroom and a living room. You are in the "
+
+# The shortest way to each goal. The household's unseen tasks have the plan of food-preparation.
+PLANS = {"tomato-salad": [0, 2, 4, 0, 1, 3],
+         "tomato-lettuce-salad": [0, 4, 7, 1, 5, 7, 3, 0, 1, 6],
+         "entertainment": [4, 9, 5, 10, 0, 6, 11, 7, 13, 8, 15]}
+PLANS |= {task: [4, 6, 5, 8, 7, 9] for task in VirtualHomeText.TASKS if task not in PLANS}
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    """Each test in an empty folder, with the usual Ctrl-C and the same random numbers."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def equal(a, b, tolerance=1e-4):
+    """Two lists of tensors are the same numbers."""
+    return len(a) == len(b) and all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(a, b))
+
+
+# --- The environments -----------------------------------------------------------------------------
+
+@functools.cache
+def reachable(env_class, task) -> dict:
+    """Every symbolic observation that any actions lead to -> the (text, offered actions) told."""
+    env = env_class(task=task)
+    env.reset()
+    todo, seen, told = [env.get_state()], set(), {}
+    while todo:
+        state = json.loads(json.dumps(todo.pop())) | {"steps": 0}
+        if (key := json.dumps(state, sort_keys=True)) in seen:
+            continue
+        seen.add(key)
+        obs, info = env.set_state(state)
+        told.setdefault(tuple(info["vector"]), set()).add((obs, tuple(info["actions"].items())))
+        for action in range(env.n_actions) if not info["success"] else ():
+            env.set_state(state)
+            env.step(action)
+            todo.append(env.get_state())
+    return told
+
+
+@pytest.mark.parametrize("env_class, task", TASKS)
+def test_different_observations_give_different_prompts(env_class, task):
+    """Otherwise the words would lose something that the agent perceives, or two actions would
+    read the same and the LM could not choose between them."""
+    told = reachable(env_class, task)
+    known = {"tomato-salad": 22, "tomato-lettuce-salad": 806, "entertainment": 213}
+    assert len(told) == known.get(task, 19)
+    assert all(len(texts) == 1 for texts in told.values())  # the same vector, the same words
+    texts = [text for (text,) in told.values()]
+    assert len({obs for obs, _ in texts}) == len(told)
+    for _, actions in texts:
+        phrases = [phrase for _, phrase in actions]
+        assert actions and len(set(phrases)) == len(phrases)
+        assert [index for index, _ in actions] == sorted(index for index, _ in actions)
+
+
+@pytest.mark.parametrize("env_class, task", TASKS)
+def test_optimum_is_reached_by_offered_actions(env_class, task):
+    """Otherwise the best policy could not be learned, or the numbers of the README's tables would
+    mean something else; the unseen tasks must have the plan of the trained one."""
+    gamma = 0.99 if env_class is OvercookedText else 0.95
+    episode = Episode(env_class(task=task), gamma)
+    for action in PLANS[task]:
+        assert not episode.success
+        _, _, terminated, _ = episode.act(list(episode.offered).index(action))
+    assert terminated and episode.success
+    assert episode.ret == pytest.approx(twosome.OPTIMUM[task], abs=5e-6)
+
+
+GOLDEN = [  # (task, actions, primitive steps, rewards, text after the last action)
+    ("tomato-salad", [0, 2, 4, 0, 1, 3], [2, 5, 3, 1, 10, 7],
+     [-0.00199, -0.004901, 0.19305, -0.001, -0.009562, 0.934687],
+     "You are at the serving counter. The cutting board is empty. The dish is on the serving "
+     "counter. Your hands are empty."),
+    # Serving the empty bowl and the raw tomato costs 0.1 each; full hands chop nothing.
+    ("tomato-salad", [1, 3, 0, 3, 0, 2, 0, 1, 2, 4], [6, 7, 7, 7, 7, 5, 1, 9, 9, 3],
+     [-0.005852, -0.100941, -0.006793, -0.100941, -0.006793, -0.004901, -0.001, -0.008648,
+      -0.008648, -0.00297],
+     "You are at the cutting board. The raw tomato is on the cutting board. You hold the empty "
+     "bowl."),
+    ("tomato-lettuce-salad", [0, 4, 7, 1, 5, 7, 3, 0, 1], [2, 5, 3, 5, 6, 3, 8, 9, 2],
+     [-0.00199, -0.004901, 0.19305, -0.004901, -0.005852, 0.19305, -0.007726, -0.008648, -0.00199],
+     "You are at the second cutting board. The first cutting board is empty. The second cutting "
+     "board is empty. You hold the bowl with the chopped tomato and the chopped lettuce."),
+    # Half a salad is refused and comes back raw; a chopped onion is no part of the recipe.
+    ("tomato-lettuce-salad", [0, 4, 7, 0, 3, 6, 2, 5, 7, 2, 3, 4],
+     [2, 5, 3, 1, 10, 7, 6, 5, 3, 1, 9, 9],
+     [-0.00199, -0.004901, 0.19305, -0.001, -0.009562, -0.100941, -0.005852, -0.004901, -0.00297,
+      -0.001, -0.008648, -0.008648],
+     "You are at the first cutting board. The bowl with the chopped onion is on the first cutting "
+     "board. The second cutting board is empty. Your hands are empty."),
+    ("food-preparation", [4, 6, 5, 8, 7], [1] * 5, [0] * 5,
+     HOME + "kitchen. You see the microwave. The microwave is open. The pancake is in the "
+     "microwave. You are next to the pancake and the microwave. Your hands are empty."),
+    # Closing the door on nothing earns nothing, and what lies inside can be taken out again.
+    ("food-preparation", [5, 8, 4, 6, 1, 4, 7, 5, 8, 9, 8, 7, 6, 0], [1] * 14, [0] * 14,
+     HOME + "living room. You see nothing useful here. You hold the pancake."),
+    ("entertainment", [4, 9, 5, 10, 0, 6, 11, 7, 13, 8, 15], [1] * 11, [0] * 10 + [1],
+     HOME + "living room. You see a coffee table, a television and a sofa. The chips are on the "
+     "coffee table. You are next to the sofa. The television is on. You face the television. You "
+     "took a seat on the sofa. You hold the milk."),
+    # While seated no walk succeeds (8: to the kitchen); that one took a seat stays true.
+    ("entertainment", [4, 9, 0, 8, 15, 16, 15, 1, 5, 16, 1], [1] * 11, [0] * 11,
+     HOME + "kitchen. You see the milk. You hold the chips."),
+]
+
+
+@pytest.mark.parametrize("task, actions, steps, rewards, last_text", GOLDEN)
+def test_golden_episode(task, actions, steps, rewards, last_text):
+    """Otherwise the game has changed, and results can no longer be compared with the paper's."""
+    env = next(env_class(task=t) for env_class, t in TASKS if t == task)
+    env.reset()
+    results = [env.step(action) for action in actions]
+    assert [info["primitive_steps"] for *_, info in results] == steps
+    assert [reward for _, reward, *_ in results] == pytest.approx(rewards, abs=1e-6)
+    assert results[-1][0] == last_text
+    assert any(terminated for _, _, terminated, _, _ in results) == (rewards[-1] > 0.5)
+
+
+@pytest.mark.parametrize("env_class, task", TASKS)
+def test_misuse_is_an_error(env_class, task):
+    """Otherwise a wrong index or a forgotten reset would train on nonsense, silently."""
+    env = env_class(task=task)
+    with pytest.raises(RuntimeError):
+        env.step(0)
+    env.reset()
+    for action in (-1, env.n_actions, 0.5, None):
+        with pytest.raises(ValueError):
+            env.step(action)
+    with pytest.raises(ValueError):
+        env_class(task="soup")
+    while True:
+        _, _, terminated, truncated, _ = env.step(env.n_actions - 1)
+        if truncated:
+            break
+    with pytest.raises(RuntimeError):
+        env.step(0)
+
+
+@pytest.mark.parametrize("env_class, limit, duration", [
+    (OvercookedText, 200, 6), (VirtualHomeText, 50, 1)])  # 6: to the shelf, and pick up the bowl
+def test_time_limit_never_cuts_an_action_short(env_class, limit, duration):
+    """Otherwise the last macro-action would have another duration and reward than everywhere."""
+    episode = Episode(env_class(), 0.99)
+    for steps_before, at_the_limit in ((limit - duration - 1, False), (limit - 1, True)):
+        episode.start()
+        episode.env.set_state(episode.env.get_state() | {"steps": steps_before})
+        _, _, terminated, truncated = episode.act(1)
+        assert (terminated, truncated) == (False, at_the_limit) and episode.length == duration
+
+
+# --- pocket_lm ------------------------------------------------------------------------------------
+
+@functools.cache
+def pocket():
+    return twosome.load_lm("pocket_lm", "cpu", "float32")
+
+
+def test_pocket_lm_has_not_read_the_answers():
+    """Otherwise the default LM would be a cheat sheet, and learning by practice a show."""
+    texts = make_pocket_lm.write_corpus()
+    corpus = "\n".join(texts).lower()
+    for env_class, task in TASKS:
+        assert env_class(task=task).goal.lower() not in corpus
+    # A pair of observation and action holds the observation, so it is enough to look for that.
+    observations = {obs.lower() for pair in TASKS for told in reachable(*pair).values()
+                    for obs, _ in told}
+    assert len(observations) > 1000
+    # Only texts with a first and a last sentence of an observation can hold one.
+    first = tuple({obs.partition(". ")[0] for obs in observations})
+    last = tuple({obs.rpartition(". ")[2] for obs in observations})
+    suspects = "\n".join(t for t in map(str.lower, texts)
+                         if any(f in t for f in first) and any(s in t for s in last))
+    assert not [obs for obs in observations if obs in suspects]
+
+
+def test_pocket_lm_is_made_from_text_alone():
+    """Otherwise rewards or plans of the environments could leak into the LM."""
+    tree = ast.parse(Path(make_pocket_lm.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in imported if "_text" in name or "twosome" in name}
+    assert sum(f.stat().st_size for f in (ROOT / "pocket_lm").glob("*.*")) < 8e6
+
+
+def test_pocket_lm_splits_action_words():
+    """Otherwise words and tokens would be the same, and the normalisations could not differ."""
+    model, tokenizer = pocket()
+    words = {word for pair in TASKS for told in reachable(*pair).values() for _, actions in told
+             for _, phrase in actions for word in phrase.split()}
+    split = [word for word in words if len(tokenizer.tokenize(" " + word)) > 1]
+    assert len(split) > len(words) / 4
+    log_probs, n_tokens = action_log_probs(model, tokenizer, *zip(*STATES[:1]))
+    n_words = [torch.tensor([len(a.split()) for a in STATES[0][1]])]
+    policies = [twosome.normalize(log_probs, n_tokens, n_words, norm)[0].softmax(-1)
+                for norm in ("word", "token", "none")]
+    assert all((p - q).abs().max() > 0.01 for p, q in itertools.combinations(policies, 2))
+
+
+# --- The boundary between prompt and action -------------------------------------------------------
+
+def states_along_the_plans() -> list[tuple[str, tuple[str, ...]]]:
+    """33 states of all sizes, (prompt, offered actions)."""
+    states = []
+    for env_class, task in TASKS:
+        if task in twosome.TASK_STEPS:
+            episode = Episode(env_class(task=task), 0.99)
+            for action in PLANS[task]:
+                states.append(episode.state)
+                episode.act(list(episode.offered).index(action))
+    return states
+
+
+STATES = states_along_the_plans()
+SENTENCES = [f"{prompt} {action}" for prompt, actions in STATES for action in actions]
+
+
+def train_bpe(tokenizer: Tokenizer, vocab_size=400, **options) -> Tokenizer:
+    tokenizer.train_from_iterator(SENTENCES, BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], show_progress=False, **options))
+    return tokenizer
+
+
+def add_special(tokenizer: Tokenizer, template: str):
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+
+
+def make_tokenizer(style: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer in the style of a well-known family, trained on the states' sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    if style.startswith("byte-level"):  # GPT-2, Qwen, SmolLM; Llama-3 adds BOS
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        train_bpe(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        if "trimmed" in style:  # offsets without the blank
+            tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    elif style == "blank is a token":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "isolated")
+        train_bpe(tokenizer)
+    elif style.startswith("sentencepiece"):  # a blank before the first word, too
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer.decoder = decoders.Metaspace()
+        train_bpe(tokenizer)
+        if "Llama-2" in style:  # the same, done by a normalizer
+            tokenizer.pre_tokenizer = None
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if "BOS and EOS" in style:
+        add_special(tokenizer, "<s> $A </s>")
+    elif "BOS" in style:
+        add_special(tokenizer, "<s> $A")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+STYLES = ["byte-level", "byte-level trimmed", "byte-level BOS", "byte-level BOS and EOS",
+          "sentencepiece BOS", "sentencepiece Llama-2 BOS", "blank is a token"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_boundary(style):
+    """Otherwise an action loses its first token, as it does on GPT-2 and Qwen in code that counts
+    'the tokens of the action, less one', or gains one that belongs to the prompt."""
+    tokenizer = make_tokenizer(style)
+    special = {"<s>", "</s>"}
+    for prompt, actions in STATES:
+        prompt_ids, action_ids = encode(tokenizer, prompt, actions)
+        tokens = tokenizer.convert_ids_to_tokens(prompt_ids)
+        assert (tokens[0] == "<s>") == ("BOS" in style) and not special & set(tokens[1:])
+        for action, ids in zip(actions, action_ids):
+            whole = tokenizer(f"{prompt} {action}")["input_ids"]
+            assert prompt_ids + ids == (whole[:-1] if "EOS" in style else whole)
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            # The blank in front of the action's first word is the action's.
+            assert "".join(tokens).replace("Ġ", " ").replace("▁", " ") == " " + action
+
+
+def test_number_of_tokens_without_bos():
+    """Otherwise token normalisation would divide by one too few on tokenizers without BOS."""
+    tokenizer = make_tokenizer("byte-level")
+    _, n_tokens = action_log_probs(tiny("gpt2"), tokenizer, *zip(*STATES[:8]))
+    for (_, actions), counts in zip(STATES, n_tokens):
+        assert counts.tolist() == [len(tokenizer(" " + a)["input_ids"]) for a in actions]
+
+
+@pytest.mark.parametrize("longest", [6, None])
+def test_boundary_inside_a_token_is_an_error(longest):
+    """Otherwise a token of both prompt and action would be counted for one of them, silently, and
+    P(action | prompt) would be wrong; also when one token swallows the whole action."""
+    options = {"max_token_length": longest} if longest else {}
+    bpe = Tokenizer(models.BPE())
+    bpe.train_from_iterator(["your next step is to chop it"] * 9 + ["zap"], BpeTrainer(
+        vocab_size=200, show_progress=False, **options))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    with pytest.raises(UserError, match="'chop it'"):
+        encode(tokenizer, "your next step is to", ("chop it",))
+
+
+# --- Scoring --------------------------------------------------------------------------------------
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 256, "vocab_size": 400,
+         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2}, "gpt2": {}, "gpt_neox": {}, "gptj": {"rotary_dim": 4},
+    "qwen2": {"num_key_value_heads": 2}, "phi": {}, "falcon": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},  # its output is not as wide as its layers
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    # Here packing would be wrong: a window over columns, ALiBi's distance in columns, a state
+    # that runs through all columns, logits that are squashed behind the output matrix.
+    "mistral, window": {"num_key_value_heads": 2, "sliding_window": 16}, "bloom": {},
+    "mamba": {"state_size": 4}, "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt_neo, window": {"num_layers": 2, "window_size": 60,
+                        "attention_types": [[["global", "local"], 1]]}}
+UNPACKABLE = ["mistral, window", "bloom", "mamba", "gemma2", "gpt_neo, window"]
+PACKABLE = [family for family in FAMILIES if family not in UNPACKABLE]
+
+
+def tiny(family: str, **options):
+    """A small random LM. Its weights are large, so that what a token looks at matters."""
+    config = AutoConfig.for_model(family.split(",")[0], **SHAPE | FAMILIES[family] | options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def move_lora(agent: Agent):
+    """As after training: a fresh LoRA has B = 0 and changes nothing."""
+    for name, parameter in agent.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    agent.policy_memory.clear()
+
+
+def random_rows(prompt_lengths, n_actions):
+    """Encoded prompts with actions of 1 to 6 tokens."""
+    ids = lambda n: random.choices(range(2, 400), k=n)
+    return [(ids(n), [ids(random.randint(1, 6)) for _ in range(k)])
+            for n, k in zip(prompt_lengths, n_actions)]
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_packed_equals_plain(family):
+    """Otherwise the fast way computes something else than P(action | prompt): values and LoRA's
+    gradients must agree, for prompts and actions of different length, with LoRA switched on."""
+    agent = Agent(tiny(family), None)
+    move_lora(agent)
+    lora = [p for p in agent.model.parameters() if p.requires_grad]
+    encoded = random_rows((30, 17, 8), (5, 2, 9))
+    assert twosome.may_pack(agent.model, encoded)
+    packed = twosome.packed_log_probs(agent.model, encoded)
+    plain = twosome.plain_log_probs(agent.model, encoded)
+    assert [len(p) for p in packed] == [5, 2, 9] and equal(packed, plain)
+    gradients = [torch.autograd.grad(torch.cat(x).exp().sum().log(), lora) for x in (packed, plain)]
+    assert equal(*gradients) and any(g.abs().max() > 0.01 for g in gradients[0])
+
+
+@pytest.mark.parametrize("family", UNPACKABLE)
+def test_fallback_where_packing_would_be_wrong(family, capsys):
+    """Otherwise LMs whose attention does not take our mask would get wrong probabilities."""
+    tokenizer = make_tokenizer("byte-level")
+    agent = Agent(tiny(family), tokenizer)
+    move_lora(agent)
+    prompts, actions = map(list, zip(*STATES[:3]))
+    encoded = [encode(tokenizer, *state) for state in STATES[:3]]
+    plain = twosome.plain_log_probs(agent.model, encoded)
+    try:
+        assert not equal(twosome.packed_log_probs(agent.model, encoded), plain)
+    except (TypeError, ValueError, RuntimeError):
+        pass  # it does not even take the mask
+    log_probs, _ = action_log_probs(agent.model, tokenizer, prompts, actions)
+    assert equal(log_probs, plain) and "cannot be packed" in capsys.readouterr().err
+    agent.log_policy(prompts, actions)[0][0].backward()  # such an LM can be trained, too
+    assert agent.value(prompts).shape == (3,)
+
+
+def test_verdict_is_remembered_and_checked_again_on_longer_rows(monkeypatch):
+    """Otherwise each pass would cost two, or a sliding window would go unnoticed as long as the
+    first prompts are shorter than it."""
+    model = tiny("mistral, window")
+    calls = []
+    plain = twosome.plain_log_probs
+    monkeypatch.setattr(twosome, "plain_log_probs", lambda *x: calls.append(1) or plain(*x))
+    short, as_short, long = (random_rows((n,), (2,)) for n in (8, 7, 40))
+    short[0][1][:] = as_short[0][1][:] = [[5, 6], [7, 8, 9]]
+    assert twosome.may_pack(model, short) and len(calls) == 1
+    assert twosome.may_pack(model, as_short) and len(calls) == 1
+    assert not twosome.may_pack(model, long) and len(calls) == 2
+    assert not twosome.may_pack(model, short) and len(calls) == 2
+
+
+def test_long_prompt_with_few_actions_after_short_prompt_with_many():
+    """Otherwise the check would pass on a row that is long by its many actions only, and a window
+    that cuts the longer prompt off would go unnoticed."""
+    model = tiny("mistral, window")
+    many_actions, long_prompt = random_rows((8,), (30,)), random_rows((50,), (2,))
+    assert twosome.may_pack(model, many_actions)
+    assert not twosome.may_pack(model, long_prompt)
+    assert not twosome.may_pack(tiny("mistral, window"), many_actions + long_prompt)
+
+
+def test_joint_probability_token_by_token():
+    """Otherwise the sum of log-probabilities would miss or repeat a token: here the definition is
+    spelled out, one forward pass a token."""
+    model, tokenizer = pocket()
+    prompts, actions = map(list, zip(STATES[0], STATES[20]))
+    log_probs, n_tokens = action_log_probs(model, tokenizer, prompts, actions)
+    for prompt, offered, got, n in zip(prompts, actions, log_probs, n_tokens):
+        for k, action in enumerate(offered):
+            context, total = tokenizer(prompt)["input_ids"], 0.0
+            ending = tokenizer(f"{prompt} {action}")["input_ids"][len(context):]
+            for token in ending:
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([context])).logits[0, -1]
+                total += logits.log_softmax(-1)[token].item()
+                context = context + [token]
+            assert got[k].item() == pytest.approx(total, abs=1e-3) and n[k] == len(ending)
+
+
+@pytest.mark.parametrize("norm, expected", [
+    ("none", [[-6.0, -2.0], [-9.0]]), ("token", [[-1.5, -1.0], [-3.0]]),
+    ("word", [[-2.0, -2.0], [-1.8]])])
+def test_normalisation_by_hand(norm, expected):
+    """Otherwise long actions would be punished, or words in many pieces rewarded, by mistake."""
+    scores = twosome.normalize(
+        [torch.tensor([-6.0, -2.0]), torch.tensor([-9.0])],
+        [torch.tensor([4, 2]), torch.tensor([3])], [torch.tensor([3, 1]), torch.tensor([5])], norm)
+    assert equal(scores, [torch.tensor(row) for row in expected])
+
+
+def test_too_long_for_the_model():
+    """Otherwise an LM would read beyond its context and answer with noise."""
+    with pytest.raises(UserError, match="at most 16"):
+        action_log_probs(tiny("gpt2", max_position_embeddings=16), make_tokenizer("byte-level"),
+                         *zip(*STATES[:1]))
+
+
+# --- The actor-critic -----------------------------------------------------------------------------
+
+def pocket_agent(norm="word", max_prompts=32) -> Agent:
+    """An agent on pocket_lm whose LoRA has moved."""
+    model, tokenizer = pocket()
+    agent = Agent(copy.deepcopy(model), tokenizer, norm, max_prompts)
+    move_lora(agent)
+    return agent
+
+
+def test_policy_and_value_do_not_depend_on_batch_mates():
+    """Otherwise a state would be worth something else beside a longer one: the mistake of reading
+    the last column of a padded batch."""
+    agent = pocket_agent()
+    by_length = sorted(STATES, key=lambda state: len(state[0]))
+    states = [by_length[0], by_length[-1], by_length[9]]
+    assert len(states[0][0]) < len(states[1][0]) / 2
+    together = agent.value([prompt for prompt, _ in states]), agent.log_policy(*zip(*states))
+    for i, (prompt, actions) in enumerate(states):
+        agent.features_memory.clear()
+        assert agent.value([prompt]).item() == pytest.approx(together[0][i].item(), abs=1e-5)
+        assert equal(agent.log_policy([prompt], [actions]), [together[1][i]])
+    assert together[0].unique().numel() == 3
+
+
+def test_adapter_off_equals_the_base_model():
+    """Otherwise the frozen LM would not be frozen, and 'before training' would mean nothing."""
+    agent, (base, tokenizer) = pocket_agent(), pocket()
+    prompts, actions = map(list, zip(*STATES[:3]))
+    with torch.no_grad():
+        original, _ = action_log_probs(base, tokenizer, prompts, actions)
+        with agent.model.disable_adapter():
+            off, _ = action_log_probs(agent.model, tokenizer, prompts, actions)
+        on, _ = action_log_probs(agent.model, tokenizer, prompts, actions)
+    assert equal(off, original, 1e-6) and not equal(on, original, 1e-2)
+
+
+def test_fresh_lora_changes_nothing():
+    """Otherwise training would not start from what the LM knows."""
+    base, tokenizer = pocket()
+    agent = Agent(copy.deepcopy(base), tokenizer)
+    prompts, actions = map(list, zip(*STATES[:3]))
+    assert equal(action_log_probs(agent.model, tokenizer, prompts, actions)[0],
+                 action_log_probs(base, tokenizer, prompts, actions)[0], 1e-6)
+
+
+def test_critic_features_do_not_change_with_lora():
+    """Otherwise each policy update would change the critic's input under its feet, and remembered
+    features would be out of date."""
+    agent = pocket_agent()
+    prompts = [prompt for prompt, _ in STATES]
+    before = agent.features(prompts)
+    trained = set(twosome.trained_parameters(agent))
+    move_lora(agent)
+    agent.features_memory.clear()
+    assert torch.equal(agent.features(prompts), before)
+    # Leaving peft's disable_adapter() must not have switched anything else on or off.
+    assert set(twosome.trained_parameters(agent)) == trained
+    assert all("lora_" in name or name.startswith("critic.") for name in trained)
+
+
+def test_trained_weights_are_float32_over_a_bfloat16_lm():
+    """Otherwise small learning rates would be rounded away, and LoRA would never move."""
+    agent = Agent(*twosome.load_lm("pocket_lm", "cpu", "bfloat16"))
+    assert agent.model.dtype == torch.bfloat16
+    assert {p.dtype for p in twosome.trained_parameters(agent).values()} == {torch.float32}
+    assert agent.log_policy(*zip(*STATES[:2]))[0].dtype == torch.float32
+
+
+# --- PPO ------------------------------------------------------------------------------------------
+
+SMALL = Args(task="tomato-salad", gamma=0.99, n_envs=4, rollout_steps=12, target_kl=1e9,
+             policy_lr=1e-2, max_grad_norm=1e9)
+
+
+def a_rollout(agent: Agent, args=SMALL):
+    playing = [Episode(twosome.make_env(args), args.gamma) for _ in range(args.n_envs)]
+    return twosome.collect(agent, playing, args, random.Random(0))
+
+
+def optimizer_of(agent: Agent, part: str, kind=torch.optim.SGD, lr=0.1):
+    parameters = twosome.trained_parameters(agent).items()
+    return kind([p for name, p in parameters if name.startswith(part)], lr)
+
+
+def moved(agent: Agent, update, *args) -> set[str]:
+    """The names of all weights, frozen ones included, that an update changes."""
+    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    update(agent, *args)
+    return {name for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_first_ratio_of_an_update_is_one():
+    """Otherwise old and new log-probabilities would come from different computations, and PPO
+    would clip before it has learned anything."""
+    agent = pocket_agent()
+    rollout = a_rollout(agent)
+    policies = agent.log_policy(*map(list, zip(*rollout.states)))
+    now = torch.stack([policy[i] for policy, i in zip(policies, rollout.chosen)])
+    assert torch.allclose(now, rollout.log_prob, atol=1e-5)
+    args = Args(**vars(SMALL) | {"epochs": 1, "minibatches": 1})
+    log = twosome.update_policy(agent, optimizer_of(agent, "model", lr=0), rollout, args, random)
+    assert abs(log["approx_kl"]) < 1e-6 and log["clip_fraction"] == 0
+
+
+def test_updates_move_exactly_lora_and_critic():
+    """Otherwise the LM would forget what it has read, or actor and critic would disturb each
+    other."""
+    agent = pocket_agent()
+    rollout = a_rollout(agent)
+    names = {name for name, _ in agent.named_parameters()}
+    for update, part in ((twosome.update_policy, "lora_"), (twosome.update_value, "critic.")):
+        optimizer = optimizer_of(agent, "model" if part == "lora_" else part, torch.optim.Adam)
+        args = optimizer, rollout, SMALL, random.Random(0)
+        assert moved(agent, update, *args) == {name for name in names if part in name}
+
+
+@pytest.mark.parametrize("max_prompts", [1, 3])
+def test_max_prompts_changes_memory_not_gradients(max_prompts):
+    """Otherwise a smaller graphics card would learn something else."""
+    results = []
+    for size in (100, max_prompts):
+        torch.manual_seed(0)
+        agent = pocket_agent()
+        rollout = a_rollout(agent)
+        args = Args(**vars(SMALL) | {"max_prompts": size, "epochs": 1, "minibatches": 1})
+        twosome.update_policy(agent, optimizer_of(agent, "model"), rollout, args, random.Random(0))
+        results.append([p.detach() for p in twosome.trained_parameters(agent).values()])
+    assert equal(*results, 1e-5)
+
+
+def test_gae_with_macro_actions_by_hand():
+    """Otherwise a walk of ten steps would be discounted like a single step."""
+    column = lambda *x: torch.tensor(x)[:, None]
+    # Two episodes in a row: steps of k = 3 and 1 at gamma 0.5, an end, then a step of k = 2.
+    got = twosome.gae(column(1.0, 2.0, 3.0), column(0.125, 0.5, 0.25), column(0.8, 0.4, 0.2),
+                      column(0.4, 0.0, 0.6), column(0.0, 1.0, 0.0), 0.5)
+    last = 3 + 0.25 * 0.6 - 0.2
+    second = 2 + 0.0 - 0.4  # nothing flows back over the end of an episode
+    first = 1 + 0.125 * 0.4 - 0.8 + 0.125 * 0.5 * second
+    assert equal(list(got), [torch.tensor([x]) for x in (first, second, last)], 1e-6)
+
+
+@pytest.mark.parametrize("env, task", [("overcooked", "tomato-salad"),
+                                       ("virtualhome", "entertainment")])
+def test_gae_of_the_best_episode_is_the_optimum(env, task):
+    """Otherwise GAE and the reported returns would discount differently: with lambda 1 and a critic
+    that says 0, the first advantage is the discounted return of the episode."""
+    episode = Episode(twosome.ENVS[env](task=task), twosome.GAMMA[env])
+    outcome = [episode.act(list(episode.offered).index(action)) for action in PLANS[task]]
+    reward, discount, done, _ = (torch.tensor(x, dtype=torch.float32)[:, None]
+                                 for x in zip(*outcome))
+    zero = torch.zeros_like(reward)
+    advantage = twosome.gae(reward, discount, zero, zero, done, 1.0)
+    assert advantage[0].item() == pytest.approx(twosome.OPTIMUM[task], abs=1e-5)
+
+
+def test_gamma_reaches_into_macro_actions():
+    """Otherwise --gamma would discount between macro-actions but not inside them."""
+    episode = Episode(twosome.make_env(Args(task="tomato-salad", gamma=0.5)), 0.5)
+    reward, discount, *_ = episode.act(0)  # two steps
+    assert (reward, discount) == pytest.approx((-0.001 - 0.5 * 0.001, 0.25))
+
+
+@pytest.mark.parametrize("bootstrap, future", [(True, 1.0), (False, 0.0)])
+def test_time_limit(bootstrap, future):
+    """Otherwise the critic would learn that states lose their worth when the clock, which is no
+    part of the prompt, runs out."""
+    agent = pocket_agent()  # it always takes the first action: it walks from room to room
+    agent.remembered_log_policy = lambda states: [
+        torch.tensor([0.0] + [-torch.inf] * (len(actions) - 1)) for _, actions in states]
+    torch.nn.init.zeros_(agent.critic[-1].weight), torch.nn.init.ones_(agent.critic[-1].bias)
+    args = Args(env="virtualhome", task="entertainment", gamma=0.95, n_envs=1, rollout_steps=50,
+                bootstrap_time_limit=bootstrap)
+    rollout = a_rollout(agent, args)
+    assert rollout.episodes == [(False, 0.0, 50)]
+    assert rollout.advantage[-1].item() == pytest.approx(0.95 * future - 1)
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+TINY_RUN = ["--steps", "96", "--n-envs", "4", "--rollout-steps", "6", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of four updates."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twosome, "EVALUATION_EPISODES", 4)
+        patch.setattr(twosome, "CHECKPOINT_EVERY", 2)
+        twosome.main([*TINY_RUN, "--out", str(run)])
+    return run
+
+
+def metrics(run: Path) -> list[dict]:
+    """The log without what a clock says."""
+    with open(run / "metrics.csv", newline="") as file:
+        return [{name: x for name, x in row.items() if name not in ("steps_per_second", "seconds")}
+                for row in csv.DictReader(file)]
+
+
+def same_run(a: Path, b: Path) -> bool:
+    weights = ("adapter/adapter_model.safetensors", "critic.safetensors")
+    results = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
+    return (metrics(a) == metrics(b) and results[0]["after"] == results[1]["after"]
+            and all((a / name).read_bytes() == (b / name).read_bytes() for name in weights))
+
+
+def test_a_run_leaves_what_others_need(finished):
+    """Otherwise plots, comparisons and --evaluate would miss something."""
+    assert [row["update"] for row in metrics(finished)] == list("1234")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["task"] == "tomato-salad" and summary["env_steps"] == 96
+    for when in ("before", "after"):
+        assert {"success", "return", "length"} <= summary[when].keys()
+    assert (finished / "adapter" / "adapter_config.json").exists()
+    assert not list(finished.rglob("*.bin")) and not list(finished.rglob("*.pt"))
+
+
+def test_same_seed_same_run(finished, monkeypatch):
+    """Otherwise no result could be repeated."""
+    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 4)
+    twosome.main([*TINY_RUN, "--out", "again"])
+    assert same_run(Path("again"), finished)
+    twosome.main([*TINY_RUN, "--out", "other", "--seed", "2"])
+    assert metrics(Path("other")) != metrics(finished)
+
+
+@pytest.mark.parametrize("how, at_update", [("Ctrl-C", 2), ("crash", 1), ("crash", 4)])
+def test_resumed_run_equals_uninterrupted_run(finished, monkeypatch, how, at_update):
+    """Otherwise an interruption would change the result: something was not saved. Checkpoints come
+    after updates 2 and 4: after the crash in update 4 the third one is done again, and its row
+    must not be doubled; after the one in update 1 all begins anew."""
+    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 4)
+    monkeypatch.setattr(twosome, "CHECKPOINT_EVERY", 2)
+    collect, count = twosome.collect, itertools.count(1)
+
+    def interrupted(*args):
+        if next(count) == at_update:
+            if how == "crash":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+        return collect(*args)
+
+    monkeypatch.setattr(twosome, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt if how == "crash" else UserError):
+        twosome.main([*TINY_RUN, "--out", "run"])
+    monkeypatch.setattr(twosome, "collect", collect)
+    assert len(metrics(Path("run"))) == (at_update - 1 if how == "crash" else at_update)
+    twosome.main(["--resume", "run"])
+    assert same_run(Path("run"), finished)
+
+
+def test_evaluate_loads_what_was_trained(finished, capsys):
+    """Otherwise --evaluate would show another agent than the one that was trained."""
+    args, agent = twosome.load_run(finished, {"device": "cpu"})
+    after = twosome.evaluate(agent, args, 4)
+    assert after == json.loads((finished / "summary.json").read_text())["after"]
+    twosome.main(["--evaluate", str(finished), "--episodes", "3"])
+    assert "over 3 sampled episodes" in capsys.readouterr().out
+
+
+def test_zero_shot_run():
+    """Otherwise there would be nothing to compare training with."""
+    twosome.main(["--method", "zero-shot", "--env", "virtualhome", "--out", "zero"])
+    summary = json.loads(Path("zero/summary.json").read_text())
+    assert summary["env_steps"] == 0 and 0 <= summary["before"]["success"] <= 1
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+def test_readme_command():
+    """Otherwise the first thing that a newcomer types would fail."""
+    assert "python twosome.py --env overcooked" in (ROOT / "README.md").read_text()
+    done = subprocess.run([sys.executable, str(ROOT / "twosome.py"), "--env", "overcooked",
+                           "--steps", "600", "--out", "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "before training" in done.stdout and "--evaluate run" in done.stdout
+    assert len(metrics(Path("run"))) == 1
+
+
+def fails(capsys, *argv) -> str:
+    """Run the command line; it must say one line on stderr and exit with an error."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["twosome.py", *map(str, argv)])
+        runpy.run_path(str(ROOT / "twosome.py"), run_name="__main__")
+    error = capsys.readouterr().err.strip()
+    assert end.value.code not in (0, None)
+    assert error.startswith("twosome.py: ") and "\n" not in error and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("argv, hint", [
+    ("--setps 5", "--steps"), ("--learning-rate 1", "--"), ("--env kitchen", "virtualhome"),
+    ("--task soup", "tomato-lettuce-salad"), ("--norm letters", "token"),
+    ("--env virtualhome --task tomato-salad", "food-preparation"), ("--steps many", "--steps"),
+    ("--steps -1", "--steps"), ("--minibatches 0", "--minibatches"), ("--gamma 2", "--gamma"),
+    ("--policy-lr nan", "--policy-lr"), ("--policy-lr -1", "--policy-lr"),
+    ("--device cuda", "CUDA"),
+    ("--n-envs 1 --rollout-steps 1", "--minibatches"), ("--out .", "--out"),
+    ("--model no/such/folder", "no/such/folder"), ("--model nothing", "nothing"),
+    ("--model nobody/nothing", "nobody/nothing"), ("--model .", "config.json"),
+    ("--model nothing --method zero-shot", "nothing"), ("--resume nowhere", "nowhere"),
+    ("--evaluate nowhere", "nowhere"), ("--evaluate .", "config.json")])
+def test_mistakes_get_one_line(capsys, monkeypatch, argv, hint):
+    """Otherwise a newcomer's typing error would end in a page of traceback, or in a run of
+    something else than was meant. Nothing may be left behind: the corrected command must not
+    find a folder that exists already."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hint in fails(capsys, *argv.split())
+    assert not list(Path.cwd().iterdir())
+
+
+def test_help_names_every_flag(capsys):
+    """Otherwise a knob could only be found by reading the code."""
+    with pytest.raises(SystemExit) as end:
+        twosome.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all("--" + name.replace("_", "-") in text for name in vars(Args()))
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+DAMAGE = {  # what happened to the folder -> (how, the mode that meets it)
+    "config cut": (lambda run: (run / "config.json").write_text("{"), "--evaluate"),
+    "config a list": (lambda run: (run / "config.json").write_text("[]"), "--resume"),
+    "config of a stranger": (lambda run: (run / "config.json").write_text('{"env": "garden"}'),
+                             "--evaluate"),
+    "config of wrong type": (lambda run: (run / "config.json").write_text('{"steps": "many"}'),
+                             "--resume"),
+    "critic cut": (lambda run: cut(run / "critic.safetensors"), "--evaluate"),
+    "adapter cut": (lambda run: cut(run / "adapter" / "adapter_model.safetensors"), "--evaluate"),
+    "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "--evaluate"),
+    "checkpoint cut": (lambda run: cut(run / "checkpoint.safetensors"), "--resume"),
+    "checkpoint empty": (lambda run: (run / "checkpoint.safetensors").write_bytes(b""), "--resume"),
+    "another log": (lambda run: (run / "metrics.csv").write_text("not,ours\n1,2\n"), "--resume"),
+    "no log": (lambda run: (run / "metrics.csv").unlink(), "--resume")}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_corrupt_run_folder(finished, capsys, damage):
+    """Otherwise half an agent would be evaluated or trained on, or a traceback shown."""
+    run = Path("run")
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()  # as if it had been interrupted
+    how, mode = DAMAGE[damage]
+    how(run)
+    assert "run" in fails(capsys, mode, run)
+
+
+def test_resume_keeps_its_flags(finished, capsys):
+    """Otherwise a resumed run would be half one experiment and half another."""
+    shutil.copytree(finished, "run")
+    assert "finished" in fails(capsys, "--resume", "run")
+    Path("run/summary.json").unlink()
+    assert "--seed" in fails(capsys, "--resume", "run", "--seed", 7)
+    assert "exists already" in fails(capsys, "--out", "run")
+    assert "--episodes" in fails(capsys, "--evaluate", "run", "--episodes", 0)
+
+
+class Bomb:
+    """Whoever unpickles it runs its command."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_no_pickle_is_ever_loaded(finished, capsys, kind):
+    """Otherwise a model or a run from a stranger could run a stranger's program."""
+    shutil.copytree(ROOT / "pocket_lm" if kind == "model" else finished, "folder")
+    weights = Path("folder") if kind == "model" else Path("folder/adapter")
+    for file in weights.glob("*.safetensors"):
+        file.unlink()
+    for name in ("pytorch_model.bin", "adapter_model.bin"):
+        (weights / name).write_bytes(pickle.dumps(Bomb()))
+    fails(capsys, *(("--model",) if kind == "model" else ("--evaluate",)), "folder")
+    assert not Path("exploded").exists()
+
+
+def test_worked_examples():
+    """Otherwise the examples in the docstrings would teach something that is not so."""
+    for module in (twosome, overcooked_text, virtualhome_text, make_pocket_lm):
+        assert doctest.testmod(module).failed == 0
