@@ -857,6 +857,21 @@ def test_resume_keeps_its_flags(finished, capsys):
     assert "--episodes" in fails(capsys, "--evaluate", "run", "--episodes", 0)
 
 
+def test_numbers_that_are_not_finite():
+    """Otherwise a run with absurd rates would go on for hours with a broken LM and overwrite its
+    last good checkpoint, and a broken model would be noticed only by its results."""
+    small = ["--n-envs", "2", "--rollout-steps", "16"]
+    with pytest.raises(UserError, match="not finite"):
+        twosome.main(["--policy-lr", "1e30", "--steps", "64", "--out", "run", *small])
+    assert not Path("run/summary.json").exists()
+    model, tokenizer = twosome.load_lm("pocket_lm", "cpu", "float32")
+    next(model.parameters()).data[0, 0] = float("nan")
+    model.save_pretrained("broken")
+    tokenizer.save_pretrained("broken")
+    with pytest.raises(UserError, match="not finite"):
+        twosome.load_lm("broken", "cpu", "float32")
+
+
 class Bomb:
     """Whoever unpickles it runs its command."""
 

@@ -162,11 +162,9 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
         # The blank at `end` may close the prompt's last token or open the action's first one.
         if (any(start < end and stop > end + 1 for start, stop in offsets)
                 or (prompt_ids or ids[:first]) != ids[:first]):
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} puts the end of the prompt and the "
-                f"beginning of {action!r} into one token "
-                f"({tokenizer.convert_ids_to_tokens(ids[first - 1])!r}), so the action has no "
-                "probability of its own; choose a model whose tokens do not reach across words")
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} puts the end of the prompt "
+                            f"and the beginning of {action!r} into one token, so the action has no "
+                            "probability of its own; choose a model whose tokens end with words")
         prompt_ids = ids[:first]
         # Special tokens that a tokenizer appends (EOS) have the offsets (0, 0): not the action's.
         action_ids.append([i for i, (start, _) in zip(ids, offsets) if start >= end])
@@ -510,12 +508,6 @@ def minibatches(n: int, args: Args, rng: random.Random):
             yield order[i::args.minibatches]
 
 
-def check_finite(x: torch.Tensor, what: str):
-    if not x.isfinite().all():
-        raise UserError(f"the {what} is not a finite number any more: the learning rate is too "
-                        "high for this model; the last checkpoint is kept")
-
-
 def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far.
 
@@ -550,7 +542,6 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             surrogate = torch.min(ratio * advantage, clipped * advantage)
             loss = -(surrogate + args.ent_coef * entropy).sum() / len(batch)
-            check_finite(loss, "policy loss")
             loss.backward()  # gradients of the chunks add up to those of the minibatch
             sums["policy_loss"] -= surrogate.sum().item()
             sums["entropy"] += entropy.sum().item()
@@ -580,7 +571,6 @@ def update_value(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> 
         clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
         loss = args.vf_coef * 0.5 * error.mean()
-        check_finite(loss, "value loss")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
@@ -608,13 +598,12 @@ def write_json(path: Path, content: dict):
 
 def load_lm(name: str, device: str, dtype: str):
     """Return (model, tokenizer) from a folder or the Hub. Only safetensors, never remote code."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA GPU that torch can use")
-    elif device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this machine has no Apple GPU that torch can use")
+        device = next(d for d in found if found[d])
+    if not found[device]:
+        raise UserError(f"--device {device}: torch finds no {device.upper()} device here")
     if name == "pocket_lm":
         name = str(Path(__file__).resolve().parent / name)
     folder = Path(name)
@@ -631,6 +620,8 @@ def load_lm(name: str, device: str, dtype: str):
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the model {name}: {reason[:300]}") from error
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"the model {name} has weights that are not finite numbers")
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name} reports no character offsets (it is not a fast "
                         "one), so the end of the prompt cannot be found; choose another model")
@@ -752,6 +743,9 @@ def train(args: Args, run: Path):
             if done >= args.critic_warmup:
                 log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
             log |= update_value(agent, optimizers["value"], rollout, args, rng)
+            if not np.isfinite([x for x in log.values() if x != ""]).all():
+                raise UserError(f"update {done + 1} gave a loss that is not finite; the last "
+                                "checkpoint is kept; start anew with lower learning rates")
             done += 1
             took = time.perf_counter() - started
             seconds += took
@@ -763,10 +757,8 @@ def train(args: Args, run: Path):
             log = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in log.items()}
             writer.writerow(log)
             file.flush()
-            bar.set_postfix_str(" ".join(f"{short} {float(log[name]):.{digits}f}"
-                for name, short, digits in (("success", "success", 2), ("return", "return", 2),
-                                            ("entropy", "entropy", 2), ("approx_kl", "kl", 3))
-                if log[name] != ""))
+            bar.set_postfix_str(", ".join(f"{name} {float(log[name] or 'nan'):.3f}" for name in (
+                "success", "return", "entropy", "approx_kl")))
             bar.update(steps_per_update)
             if done % CHECKPOINT_EVERY == 0 or done == n_updates or stop:
                 save_checkpoint(run, agent, optimizers, state_of_run())
@@ -777,9 +769,6 @@ def train(args: Args, run: Path):
         raise UserError(f"stopped after {done} of {n_updates} updates, nothing is lost; go on with "
                         f"python twosome.py --resume {run}")
     after = evaluate(agent, args, EVALUATION_EPISODES)
-    other_env, other_task = next((env, task) for env, task in (
-        ("overcooked", "tomato-lettuce-salad"), ("virtualhome", "food-preparation"))
-        if task != args.task)
     write_summary(args, run, done * steps_per_update, seconds, before, after)
     print("after training: ", describe(after))
     show_episode(agent, args)
@@ -791,7 +780,7 @@ What was learned, in {seconds:.0f} s and {done * steps_per_update:,} decisions:
 The run is in {run}: metrics.csv, summary.json, adapter/ (PEFT format), critic.safetensors.
 What to do next:
   python twosome.py --evaluate {run}   # more episodes of this agent
-  python twosome.py --env {other_env} --task {other_task}   # another task""")
+  python twosome.py --env virtualhome --task entertainment   # another world""")
 
 
 # ==================================================================================================
@@ -824,9 +813,8 @@ def evaluate(agent: Agent, args: Args, n_episodes: int) -> dict:
 
 
 def describe(result: dict) -> str:
-    return (f"success {result['success']:.2f}, discounted return {result['return']:.3f} "
-            f"(std {result['return_std']:.3f}), {result['length']:.1f} primitive steps, over "
-            f"{result['episodes']} sampled episodes")
+    return ("success {success:.2f}, discounted return {return:.3f} (std {return_std:.3f}), "
+            "{length:.1f} primitive steps, over {episodes} sampled episodes".format(**result))
 
 
 def show_episode(agent: Agent, args: Args):
