@@ -9,8 +9,8 @@ dishes, machines, rooms and evenings at home. It is a stand-in, small enough for
 
 What it must not read is the answer. The script imports no environment, no goal of a task is in its
 texts (see `forbidden`), and no observation of an environment either. It shows how people cook
-carrots, not how these environments reward a tomato salad; and about one time in six its people do
-something other than the sensible thing, as people do.
+carrots, not how these environments reward a tomato salad; and nearly every second time its people
+do something other than the sensible thing, as people do.
 
 Sections: 1 words, 2 stories, facts, recipes and advice, 3 scenes with a next step, 4 the corpus,
 5 the tokenizer, 6 training, 7 the command line. Sections 1 to 4 need only Python.
@@ -266,8 +266,14 @@ def advice(r: random.Random) -> str:
 # sense says what to do next. Scenes do not follow each other and nothing is rewarded.
 # ---------------------------------------------------------------------------------------------
 
-# How often the person does something else than the sensible thing (with machines twice as often).
+# How often the person does something else than the sensible thing.
 OTHER = 0.16
+# And how often the first thing that comes to mind: to look into the next room instead of minding
+# the machine, to leave the kitchen before all is in hand, to sit down too early; and for a cook, to
+# reach for the pot before anything is chopped, and to serve what is not ready.
+HABIT, COOKS_HABIT = 0.38, 0.11
+NEXT_ROOM = {"kitchen": "living room", "bathroom": "bedroom", "bedroom": "living room",
+             "living room": "kitchen"}
 
 EXTRAS = ["It is evening.", "The clock ticks.", "The window is open.", "It is raining outside.",
           "The kitchen smells good.", "The floor is clean.", "The soup boils.", "The stove is hot.",
@@ -410,7 +416,15 @@ def cutting_scene(r: random.Random) -> str:
                   f"pick up the {spare}", f"look at the {food} in the {vessel}"]
     if r.random() < 0.5:
         others.append("wait for something to chop")
-    action = r.choice(others) if r.random() < OTHER else r.choice(best)
+    if hand:
+        habit = f"serve the {state} {hand}"
+    elif vessel_at == "hand":
+        habit = (f"hold on to the {vessel}" if len(inside) == len(foods)
+                 else f"serve the {full_or_empty}")
+    else:
+        habit = f"pick up the {vessel}"
+    action = r.choices((r.choice(best), habit, r.choice(others)),
+                       (1 - COOKS_HABIT - OTHER, COOKS_HABIT, OTHER))[0]
 
     parts = join([f"chopped {f}" for f in foods])
     short = a(foods[0]) + f" {dish}" if len(foods) == 1 else f"a {dish} of {join(foods)}"
@@ -487,7 +501,8 @@ def machine_scene(r: random.Random) -> str:
     if here == room:
         others += [f"walk to the {thing}", f"walk to the {machine}", f"pick up the {thing}",
                    f"{'close' if is_open else 'open'} the {machine}", f"look at the {thing}"]
-    action = r.choice(others) if r.random() < 2.2 * OTHER else best
+    habit = f"walk to the {NEXT_ROOM[room]}" if here == room else best
+    action = r.choices((best, habit, r.choice(others)), (1 - HABIT - OTHER, HABIT, OTHER))[0]
     goal = one(r, "|".join([f"{verb} the {thing} in the {machine}"] * 4 + [
         f"{verb} the {thing} with the {machine}", f"use the {machine} to {verb} the {thing}",
         f"get the {thing}, put {them} in the {machine} and {verb} {them}"]))
@@ -511,7 +526,7 @@ def evening_scene(r: random.Random) -> str:
     held = [x for x in wanted if at[x] == "hand"]
     left = [x for x in wanted if at[x] == "kitchen"]
     laid = [x for x in wanted if at[x] == "table"]
-    is_on, seated = r.random() < 0.4, here == "living room" and r.random() < 0.08
+    is_on, seated = r.random() < 0.4, here == "living room" and r.random() < 0.15
     near = r.choice([None] + (left if kitchen else [table, device, seat] * 2))
     if here in ("bedroom", "bathroom"):
         near = None
@@ -569,7 +584,13 @@ def evening_scene(r: random.Random) -> str:
                    else f"put the {wanted[-1]} on the {table}"]
     elif kitchen:
         others += [f"walk to the {x}" for x in left] + [f"pick up the {x}" for x in left]
-    action = r.choice(others) if r.random() < 0.75 * OTHER else r.choice(best)
+    habit = r.choice(best)
+    if kitchen and left:
+        habit = "walk to the living room"
+    elif here == "living room" and not seated:
+        habit = f"sit down on the {seat}" if near == seat else f"walk to the {seat}"
+    action = r.choices((r.choice(best), habit, r.choice(others)),
+                       (1 - HABIT - OTHER, HABIT, OTHER))[0]
     both = join([f"the {x}" for x in wanted])
     goal = one(r, "|".join([f"enjoy {both} in front of the {device}"] * 4 + [
         f"have {both} next to the {device}", f"enjoy {both} in the living room with the {device}",
