@@ -507,6 +507,7 @@ def test_policy_and_value_do_not_depend_on_batch_mates():
     """Otherwise a state would be worth something else beside a longer one: the mistake of reading
     the last column of a padded batch."""
     agent = pocket_agent()
+    torch.nn.init.normal_(agent.critic[-1].weight)  # a fresh critic says 0 to everything
     by_length = sorted(STATES, key=lambda state: len(state[0]))
     states = [by_length[0], by_length[-1], by_length[9]]
     assert len(states[0][0]) < len(states[1][0]) / 2
@@ -608,6 +609,17 @@ def test_updates_move_exactly_lora_and_critic():
         optimizer = optimizer_of(agent, "model" if part == "lora_" else part, torch.optim.Adam)
         args = optimizer, rollout, SMALL, random.Random(0)
         assert moved(agent, update, *args) == {name for name in names if part in name}
+
+
+def test_no_reward_no_reason_to_move():
+    """Otherwise the errors of a random critic would pass for advantages until the first success,
+    and wear down the prior that is to lead there."""
+    agent = pocket_agent()
+    args = Args(**vars(SMALL) | {"env": "virtualhome", "task": "entertainment", "ent_coef": 0.0})
+    rollout = a_rollout(agent, args)
+    assert not rollout.episodes and (rollout.advantage == 0).all()
+    update = optimizer_of(agent, "model"), rollout, args, random.Random(0)
+    assert not moved(agent, twosome.update_policy, *update)
 
 
 @pytest.mark.parametrize("max_prompts", [1, 3])
@@ -797,7 +809,8 @@ def fails(capsys, *argv) -> str:
     ("--model no/such/folder", "no/such/folder"), ("--model nothing", "nothing"),
     ("--model nobody/nothing", "nobody/nothing"), ("--model .", "config.json"),
     ("--model nothing --method zero-shot", "nothing"), ("--resume nowhere", "nowhere"),
-    ("--evaluate nowhere", "nowhere"), ("--evaluate .", "config.json")])
+    ("--evaluate nowhere", "nowhere"), ("--episodes 5", "--evaluate"),
+    ("--evaluate .", "config.json")])
 def test_mistakes_get_one_line(capsys, monkeypatch, argv, hint):
     """Otherwise a newcomer's typing error would end in a page of traceback, or in a run of
     something else than was meant. Nothing may be left behind: the corrected command must not
@@ -841,9 +854,10 @@ def test_corrupt_run_folder(finished, capsys, damage):
     """Otherwise half an agent would be evaluated or trained on, or a traceback shown."""
     run = Path("run")
     shutil.copytree(finished, run)
-    (run / "summary.json").unlink()  # as if it had been interrupted
     how, mode = DAMAGE[damage]
     how(run)
+    if mode == "--resume":
+        (run / "summary.json").unlink()  # as if it had been interrupted
     assert "run" in fails(capsys, mode, run)
 
 
@@ -853,8 +867,10 @@ def test_resume_keeps_its_flags(finished, capsys):
     assert "finished" in fails(capsys, "--resume", "run")
     Path("run/summary.json").unlink()
     assert "--seed" in fails(capsys, "--resume", "run", "--seed", 7)
+    assert "not ended" in fails(capsys, "--evaluate", "run")
     assert "exists already" in fails(capsys, "--out", "run")
     assert "--episodes" in fails(capsys, "--evaluate", "run", "--episodes", 0)
+    assert "--norm" in fails(capsys, "--evaluate", finished, "--norm", "token")
 
 
 def test_numbers_that_are_not_finite():

@@ -6,7 +6,7 @@ environment offers, as the ending of one sentence, and takes these probabilities
 then on it is ordinary reinforcement learning: act, see what was rewarded, and nudge a small
 adapter (LoRA) so that rewarded endings become likelier. The model itself stays frozen.
 
-    python twosome.py --env overcooked                              # two minutes on a laptop
+    python twosome.py --env overcooked                              # a minute on a laptop
     python twosome.py --env overcooked --task tomato-lettuce-salad  # ten right decisions in a row
     python twosome.py --env virtualhome --task food-preparation
     python twosome.py --env virtualhome --task entertainment
@@ -14,7 +14,8 @@ adapter (LoRA) so that rewarded endings become likelier. The model itself stays 
     python twosome.py --evaluate runs/tomato-salad-word-seed1       # 100 more episodes of a run
     python twosome.py --resume runs/tomato-salad-word-seed1         # go on where it stopped
 
-Sections 1 to 4 are the whole algorithm, in reading order; a student can stop there.
+Sections 1 to 4 are the whole algorithm, in reading order; a student can stop there. They know
+nothing of files or the command line.
 0 arguments · 1 prompts · 2 scoring · 3 the actor-critic · 4 PPO · 5 a training run ·
 7 evaluation · 9 the command line
 """
@@ -31,6 +32,7 @@ import sys
 import time
 import warnings
 import weakref
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -75,7 +77,7 @@ class Args:
                      "by its tokens, or not at all", ("word", "token", "none"))
     model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B; ours: "
                       "pocket_lm, which comes with this file and needs no download")
-    steps: int = knob(0, "environment steps (decisions), 0 for the task's own number below; "
+    steps: int = knob(0, "environment steps (decisions), 0 for the task's own number; "
                       "paper: 500,000 Overcooked, 50,000 and 200,000 VirtualHome")
     seed: int = knob(1, "seed of everything random: LoRA, critic, sampled actions, minibatches")
     out: str = knob("", "the run's folder; without it, a new one under runs/")
@@ -101,10 +103,11 @@ class Args:
     minibatches: int = knob(2, "optimiser steps per pass; paper: 4. A state that occurs often in a "
                             "minibatch costs one forward pass, so large minibatches are cheap")
     max_prompts: int = knob(32, "prompts that go through the LLM at once: lower it when memory is "
-                            "short, the numbers stay the same; paper: 4 (and all their actions)")
+                            "short, the numbers stay the same but for rounding; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float = knob(0.01, "weight of the entropy bonus; paper: the same")
-    vf_coef: float = knob(0.5, "weight of the value loss; paper: the same")
+    vf_coef: float = knob(0.5, "weight of the value loss; as the critic has its own optimiser, it "
+                          "acts only through max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
     critic_warmup: int = knob(0, "first updates that train only the critic; paper: 0")
@@ -112,7 +115,7 @@ class Args:
 
 # Steps that pocket_lm needs, found on seed 101, which no reported run uses.
 TASK_STEPS = {"tomato-salad": 20_480, "tomato-lettuce-salad": 40_960,
-              "food-preparation": 20_480, "entertainment": 40_960}
+              "food-preparation": 20_480, "entertainment": 81_920}
 GAMMA = {"overcooked": 0.99, "virtualhome": 0.95}
 
 
@@ -128,8 +131,8 @@ def build_prompt(obs: str, goal: str) -> str:
     1. Cohesive: "... your next step is to" + " chop the tomato" reads as one fluent sentence,
        so the LM does what it was trained for: it goes on with a text.
     2. Articles: "pick up the tomato", as people write, not "pick up tomato".
-    3. Preferred words: what can be acted on is named in the observation by the same words. If the
-       text says "a bowl", the action says "the bowl", never "the plate".
+    3. Preferred words: what is in view is named in the observation by the words of the actions. If
+       the text says "a bowl", the action says "the bowl", never "the plate".
     4. Alternative actions: one action is worded by the situation. Going to the board is "walk to
        the cutting board" with empty hands and "put the raw tomato on the cutting board" with full.
 
@@ -203,12 +206,12 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     segment                 0 0 0 0 0 | 1 1 1 | 2 2 | 3 3 3
     position                0 1 2 3 4 | 5 6 7 | 5 6 | 5 6 7
 
-    A token of action b may look at the prompt and at b's own earlier tokens, and its position
-    says that it follows the prompt directly. So it computes exactly what it computes in a row of
-    its own, and the prompt, by far the longest part, is computed once instead of K times.
-    An action's last token predicts nothing that we need, so it is left out of the row.
-    The largest matrix of a small LM maps to the vocabulary: it is applied only where an action's
-    token is predicted, at the prompt's last token and behind it.
+    Tokens influence each other only through attention. A token of action b may look at the prompt
+    and at b's own earlier tokens, and its position says that it follows the prompt directly. So it
+    computes exactly what it would in a row of its own; and the prompt, by far the longest part,
+    is computed once instead of K times. (Drawn in full: as an action's last token predicts nothing
+    that we need, it is left out.) The logits are computed only where they predict an action's
+    token: at the prompt's last token and behind it.
     """
     ids, segments, positions, targets, sources = [], [], [], [], []
     n_logits = 0
@@ -232,6 +235,7 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     # Added to the attention scores. finfo.min and not -inf, which turns padded rows into NaN.
     mask = torch.zeros(sees.shape, dtype=dtype, device=device)
     mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]  # (B, 1, L, L)
+    # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers.
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
                                  use_cache=False).last_hidden_state  # (B, L, H)
     last_of_prompt = torch.tensor([[len(prompt) - 1] for prompt, _ in encoded], device=device)
@@ -246,7 +250,8 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
 
 # Not every LM may be packed: sliding windows count columns, ALiBi ignores positions, a state-space
 # model has no mask. So each model is compared once with the definition, on the longest row so far.
-# model -> the longest (packed row, plain row) that agreed, in tokens; (0, 0): never pack
+
+# model -> (longest packed row, longest plain row) that agreed, in tokens; (0, 0): never pack
 packed_is_exact_up_to = weakref.WeakKeyDictionary()
 
 
@@ -347,11 +352,14 @@ class Agent(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer, norm: str = "word", max_prompts: int = 32):
         super().__init__()
-        self.model, self.tokenizer = add_lora(model).eval(), tokenizer
+        self.model, self.tokenizer = add_lora(model).eval(), tokenizer  # eval: no dropout
         self.norm, self.max_prompts = norm, max_prompts
         self.critic = nn.Sequential(
             nn.Linear(model.get_output_embeddings().weight.shape[1], 1024), nn.ReLU(),
             nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device)
+        # The critic starts at V = 0. So as long as no reward was met, all advantages are exactly 0;
+        # a random critic's errors, normalised, would look like reasons and wear the prior down.
+        nn.init.zeros_(self.critic[-1].weight), nn.init.zeros_(self.critic[-1].bias)
         self.features_memory = {}  # prompt -> (H,): never changes, the LM is frozen
         self.policy_memory = {}    # (prompt, actions) -> (K,): holds until LoRA changes
 
@@ -452,8 +460,8 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
         delta_t = r_t + gamma^k_t V(s_{t+1}) - V(s_t)
         A_t     = delta_t + gamma^k_t lambda A_{t+1}, cut where an episode ends
 
-    discount is gamma^k_t; next_value is 0 after a success. With one-step actions k_t = 1, and
-    this is the textbook's formula.
+    discount is gamma^k_t. next_value is the critic's V(s_{t+1}), also behind the last step of the
+    rollout, and 0 where the episode really ended. With k_t = 1 this is the textbook's formula.
 
     A worked example: a step of k = 2 at gamma 0.5, then a step of k = 1 that earns 1 and ends.
     The last advantage is 1 - 0.4 = 0.6; the one before 0.25 * 0.4 - 0.2 + 0.25 * 1 * 0.6 = 0.05.
@@ -558,7 +566,7 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
 
 
 def update_value(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> dict:
-    """Move the critic towards the returns; like the policy, at most clip_coef an update.
+    """Move the critic towards the returns; of the clipped and the plain error the larger counts.
 
         L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
     """
@@ -724,14 +732,14 @@ def train(args: Args, run: Path):
         stop.append(signum)
         tqdm.write("stopping after this update; press Ctrl-C again to stop at once")
 
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
     bar = tqdm(total=n_updates * steps_per_update, initial=done * steps_per_update, unit="step",
                dynamic_ncols=True)
     with open(run / "metrics.tmp", "w", newline="") as file:
         csv.DictWriter(file, METRICS).writeheader()
         csv.DictWriter(file, METRICS).writerows(rows)
     os.replace(run / "metrics.tmp", run / "metrics.csv")
-    with open(run / "metrics.csv", "a", newline="") as file, bar:
+    with open(run / "metrics.csv", "a", newline="") as file, bar, ExitStack() as at_exit:
+        at_exit.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, on_interrupt))
         writer = csv.DictWriter(file, METRICS)
         while done < n_updates and not stop:
             started = time.perf_counter()
@@ -762,12 +770,11 @@ def train(args: Args, run: Path):
             bar.update(steps_per_update)
             if done % CHECKPOINT_EVERY == 0 or done == n_updates or stop:
                 save_checkpoint(run, agent, optimizers, state_of_run())
-    signal.signal(signal.SIGINT, old_handler)
-    agent.model.save_pretrained(run / "adapter")
-    save_file(agent.critic.state_dict(), run / "critic.safetensors")
-    if stop:
+    if stop and done < n_updates:
         raise UserError(f"stopped after {done} of {n_updates} updates, nothing is lost; go on with "
                         f"python twosome.py --resume {run}")
+    agent.model.save_pretrained(run / "adapter")
+    save_file(agent.critic.state_dict(), run / "critic.safetensors")
     after = evaluate(agent, args, EVALUATION_EPISODES)
     write_summary(args, run, done * steps_per_update, seconds, before, after)
     print("after training: ", describe(after))
@@ -792,9 +799,9 @@ OPTIMUM = {"tomato-salad": 0.92052, "tomato-lettuce-salad": 0.94766, "entertainm
     task: 0.77378 for task in VirtualHomeText.TASKS if task != "entertainment"}
 
 
-def evaluate(agent: Agent, args: Args, n_episodes: int) -> dict:
+def evaluate(agent: Agent, args: Args, n_episodes: int, stream: str = "evaluation") -> dict:
     """Play n episodes, all at once so that their prompts share the LM's batches."""
-    rng = random.Random(f"evaluation {args.seed}")  # apart from training's, and the same each time
+    rng = random.Random(f"{stream} {args.seed}")  # apart from training's random numbers
     episodes = [Episode(make_env(args), args.gamma) for _ in range(n_episodes)]
     playing = episodes
     while playing:
@@ -806,7 +813,7 @@ def evaluate(agent: Agent, args: Args, n_episodes: int) -> dict:
             if not (terminated or truncated):
                 still_playing.append(episode)
         playing = still_playing
-    agent.policy_memory.clear()
+    agent.policy_memory.clear()  # training goes on as if nobody had looked, to the last bit
     results = np.array([(e.success, e.ret, e.length) for e in episodes])
     return dict(zip(("success", "return", "length"), results.mean(axis=0).tolist()),
                 return_std=results[:, 1].std().item(), episodes=n_episodes)
@@ -831,6 +838,8 @@ def show_episode(agent: Agent, args: Args):
         _, _, terminated, truncated = episode.act(action)
         if terminated or truncated:
             break
+    else:
+        print("  ... (cut after 30 decisions)")
     print(f"  success: {episode.success}, discounted return {episode.ret:.3f}")
 
 
@@ -844,6 +853,10 @@ def write_summary(args: Args, run: Path, env_steps: int, seconds: float, before,
 def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
     """Return the trained agent of a finished run; flags that were given override its own."""
     args = finish(Args(**(read_config(run) | given)))
+    if not (run / "summary.json").exists():
+        raise UserError(f"{run} has not ended; end it with --resume {run}")
+    if useless := set(given) - {"task", "seed", "device", "dtype", "max_prompts"}:
+        raise UserError(f"--evaluate has no use for {', '.join(map(flag, sorted(useless)))}")
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
     agent = Agent(model, tokenizer, args.norm, args.max_prompts)
     if args.method == "zero-shot":
@@ -854,8 +867,7 @@ def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
         agent.critic.load_state_dict(load_file(run / "critic.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{run} holds no whole agent for {args.model} ({reason}); if the run was "
-                        f"interrupted, end it with --resume {run}") from error
+        raise UserError(f"{run} holds no whole agent for {args.model} ({reason})") from error
     if unknown:
         raise UserError(f"the adapter in {run} belongs to another model than {args.model}")
     return args, agent
@@ -891,7 +903,7 @@ def parse(argv) -> tuple[dict, dict]:
     for f in fields(Args):
         kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
-        default = "" if f.default in ("", 0) else f" (default: {f.default})"
+        default = f" (default: {f.default})" if f.default != "" else ""
         parser.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
@@ -936,6 +948,8 @@ def read_config(run: Path) -> dict:
 
 def main(argv=None):
     given, mode = parse(argv)
+    if "episodes" in mode and ("evaluate" not in mode or mode["episodes"] < 1):
+        raise UserError("--episodes belongs to --evaluate RUN and must be at least 1")
     if "resume" in mode:
         run = Path(mode["resume"])
         config = read_config(run)
@@ -945,11 +959,9 @@ def main(argv=None):
         if (run / "summary.json").exists():
             raise UserError(f"{run} is finished; evaluate it with --evaluate {run}")
         return train(Args(**config), run)
-    if mode.get("episodes", 1) < 1:
-        raise UserError("--episodes must be at least 1")
     if "evaluate" in mode:
         args, agent = load_run(Path(mode["evaluate"]), given)
-        result = evaluate(agent, args, mode.get("episodes", EVALUATION_EPISODES))
+        result = evaluate(agent, args, mode.get("episodes", EVALUATION_EPISODES), "another")
         print(f"{args.task}: {describe(result)}")
         return show_episode(agent, args)
     args = finish(Args(**given))
