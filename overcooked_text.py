@@ -207,6 +207,7 @@ class OvercookedText:
     def step(self, action: int) -> tuple[str, float, bool, bool, dict]:
         """Carry out a macro-action to its end: obs, reward, terminated, truncated, info.
 
+        info["changed"]: whether it changed the state, be it only where the cook stands.
         ValueError: no such action. RuntimeError: no episode is running.
         """
         if self.over:
@@ -214,10 +215,12 @@ class OvercookedText:
         if not isinstance(action, (int, np.integer)) or not 0 <= action < self.n_actions:
             raise ValueError(f"action {action!r}: expected an integer, 0 to {self.n_actions - 1}")
         run, target = self.macros[action]
+        before = self._state()
         k, event = run(target)      # the event, if any, falls on the last primitive step
         reward = sum(STEP_COST * self.gamma ** i for i in range(k)) + self.gamma ** (k - 1) * event
         self.steps += k
         obs, info = self._observe(k)
+        info["changed"] = self._state() != before
         terminated = info["success"]
         truncated = not terminated and self.steps >= MAX_STEPS
         self.over = terminated or truncated
@@ -290,6 +293,9 @@ class OvercookedText:
         return 3, CHOP_REWARD if food in self.kitchen.recipe else 0.0
 
     # Small helpers of the macro-actions.
+
+    def _state(self):
+        return self.agent, dict(self.place), set(self.chopped)
 
     def _held(self) -> str | None:
         return next((item for item, place in self.place.items() if place == "hand"), None)

@@ -115,9 +115,9 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
     gamma = 0.99 if env_class is OvercookedText else 0.95
     episode = Episode(env_class(task=task), gamma)
     for action in PLANS[task]:
-        assert not episode.success
-        _, _, terminated, _ = episode.act(list(episode.offered).index(action))
-    assert terminated and episode.success
+        assert not episode.info["success"]
+        _, _, terminated, _ = episode.act(list(episode.info["actions"]).index(action))
+    assert terminated and episode.info["success"]
     assert episode.ret == pytest.approx(twosome.OPTIMUM[task], abs=5e-6)
 
 
@@ -262,7 +262,7 @@ def states_along_the_plans() -> list[tuple[str, tuple[str, ...]]]:
             episode = Episode(env_class(task=task), 0.99)
             for action in PLANS[task]:
                 states.append(episode.state)
-                episode.act(list(episode.offered).index(action))
+                episode.act(list(episode.info["actions"]).index(action))
     return states
 
 
@@ -570,7 +570,7 @@ SMALL = Args(task="tomato-salad", gamma=0.99, n_envs=4, rollout_steps=12, target
 
 
 def a_rollout(agent: Agent, args=SMALL):
-    playing = [Episode(twosome.make_env(args), args.gamma) for _ in range(args.n_envs)]
+    playing = [twosome.make_episode(args) for _ in range(args.n_envs)]
     return twosome.collect(agent, playing, args, random.Random(0))
 
 
@@ -654,7 +654,7 @@ def test_gae_of_the_best_episode_is_the_optimum(env, task):
     """Otherwise GAE and the reported returns would discount differently: with lambda 1 and a critic
     that says 0, the first advantage is the discounted return of the episode."""
     episode = Episode(twosome.ENVS[env](task=task), twosome.GAMMA[env])
-    outcome = [episode.act(list(episode.offered).index(action)) for action in PLANS[task]]
+    outcome = [episode.act(list(episode.info["actions"]).index(action)) for action in PLANS[task]]
     reward, discount, done, _ = (torch.tensor(x, dtype=torch.float32)[:, None]
                                  for x in zip(*outcome))
     zero = torch.zeros_like(reward)
@@ -664,7 +664,7 @@ def test_gae_of_the_best_episode_is_the_optimum(env, task):
 
 def test_gamma_reaches_into_macro_actions():
     """Otherwise --gamma would discount between macro-actions but not inside them."""
-    episode = Episode(twosome.make_env(Args(task="tomato-salad", gamma=0.5)), 0.5)
+    episode = twosome.make_episode(Args(task="tomato-salad", gamma=0.5))
     reward, discount, *_ = episode.act(0)  # two steps
     assert (reward, discount) == pytest.approx((-0.001 - 0.5 * 0.001, 0.25))
 
@@ -773,6 +773,111 @@ def test_zero_shot_run():
     twosome.main(["--method", "zero-shot", "--env", "virtualhome", "--out", "zero"])
     summary = json.loads(Path("zero/summary.json").read_text())
     assert summary["env_steps"] == 0 and 0 <= summary["before"]["success"] <= 1
+
+
+# --- Baselines ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("env_class, task", TASKS)
+def test_changed_is_what_changed(env_class, task):
+    """Otherwise SayCan's affordance would be learned from wrong labels."""
+    env, rng = env_class(task=task), random.Random(0)
+    for _ in range(20):
+        env.reset()
+        over = False
+        while not over:
+            before = env.get_state()
+            _, _, terminated, truncated, info = env.step(rng.randrange(env.n_actions))
+            over = terminated or truncated
+            clocks = {"steps": 0, "over": 0, "running": 0}
+            assert info["changed"] == (before | clocks != env.get_state() | clocks)
+
+
+def baseline(method: str, **options):
+    torch.manual_seed(0)
+    args = twosome.finish({"method": method, "n_envs": 2, "rollout_steps": 12} | options)
+    return twosome.make_agent(args), args
+
+
+def test_ppo_sees_numbers_and_only_offered_actions():
+    """Otherwise the baseline would be handicapped, or learn from actions that nobody offers."""
+    agent, args = baseline("ppo", env="virtualhome")
+    vectors, offered = torch.rand(2, 11).tolist(), [(0, 3), (1, 2, 9)]
+    policies = agent.log_policy(vectors, offered)
+    logits = agent.model(torch.tensor(vectors))
+    for policy, row, indices in zip(policies, logits, offered):
+        kept = torch.stack([row[i] for i in indices])
+        assert equal([policy.exp()], [kept.exp() / kept.exp().sum()], 1e-6)
+    policies[0].exp()[0].backward()
+    moved = agent.model[-1].bias.grad != 0
+    assert moved.tolist() == [i in offered[0] for i in range(10)]
+    assert len(list(agent.model)) == 5 and agent.model[0].out_features == 64
+    first = agent.model[0].weight / 2**0.5  # orthogonal: (64, 11), its columns are
+    assert equal([first.T @ first], [torch.eye(11)])
+
+
+def test_saycan_is_the_product():
+    """Otherwise "sensible times possible" would be something else."""
+    agent, args = baseline("saycan")
+    episode = twosome.make_episode(args)
+    with torch.no_grad():
+        agent.critic[-1].bias.copy_(torch.tensor([0.0, 3.0, -3.0, 1.0, -1.0]))
+    seen, offered = episode.state
+    (says,) = agent.model.remembered_log_policy([(seen[0], tuple(episode.info["actions"].values()))])
+    (logits,) = agent.affordance([seen], [offered])
+    product = says.exp() * torch.sigmoid(logits)
+    (policy,) = agent.log_policy([seen], [offered])
+    assert equal([policy.exp()], [product / product.sum()], 1e-6)
+    assert (policy.exp() - says.exp()).abs().max() > 0.05
+
+
+def test_saycan_learns_what_works_and_leaves_the_llm_alone():
+    """Otherwise the affordance would be a constant, or SayCan a second TWOSOME."""
+    agent, args = baseline("saycan", rollout_steps=100, epochs=30)
+    rollout = twosome.collect(agent, [twosome.make_episode(args) for _ in range(2)], args,
+                              random.Random(0))
+    assert set(rollout.returns.tolist()) == {0.0, 1.0}  # what the agent learns from: did it work?
+    # A toy in the same form: the first action works in the first state, the second in the other.
+    n = len(rollout.states[0][0][1])
+    seen = [("a", (1.0,) + (0.0,) * (n - 1)), ("b", (0.0,) * (n - 1) + (1.0,))]
+    offered = ((0, "one"), (2, "two"))
+    rollout.states = [(seen[i % 2], offered) for i in range(200)]
+    rollout.chosen = torch.tensor([i // 2 % 2 for i in range(200)])
+    rollout.returns = torch.tensor([float(i % 2 == i // 2 % 2) for i in range(200)])
+    optimizer = torch.optim.Adam(agent.critic.parameters(), args.value_lr)
+    names = moved(agent, twosome.update_affordance, optimizer, rollout, args, random.Random(0))
+    assert names and all(name.startswith("critic.") for name in names)
+    can = torch.stack(agent.affordance(seen, [offered] * 2)).sigmoid()
+    assert equal([can], [torch.eye(2)], 0.1)
+
+
+@pytest.mark.parametrize("method", ["ppo", "saycan", "random"])
+def test_baselines_run_resume_and_load(method, monkeypatch, capsys):
+    """Otherwise comparisons would break off, or not be repeatable."""
+    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 4)
+    monkeypatch.setattr(twosome, "CHECKPOINT_EVERY", 2)
+    run = ["--method", method, *TINY_RUN]
+    twosome.main([*run, "--out", "whole"])
+    summary = json.loads(Path("whole/summary.json").read_text())
+    if method == "random":
+        return
+    collect, count = twosome.collect, itertools.count(1)
+
+    def interrupted(*args):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return collect(*args)
+
+    monkeypatch.setattr(twosome, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        twosome.main([*run, "--out", "cut"])
+    monkeypatch.setattr(twosome, "collect", collect)
+    twosome.main(["--resume", "cut"])
+    assert metrics(Path("cut")) == metrics(Path("whole"))
+    args, agent = twosome.load_run(Path("cut"), {})
+    assert twosome.evaluate(agent, args, 4) == summary["after"]
+    if method == "ppo":
+        capsys.readouterr()
+        assert "size mismatch" in fails(capsys, "--evaluate", "cut", "--task", "tomato-lettuce-salad")
 
 
 # --- The command line -----------------------------------------------------------------------------

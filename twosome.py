@@ -17,7 +17,7 @@ adapter (LoRA) so that rewarded endings become likelier. The model itself stays 
 Sections 1 to 4 are the whole algorithm, in reading order; a student can stop there. They know
 nothing of files or the command line.
 0 arguments · 1 prompts · 2 scoring · 3 the actor-critic · 4 PPO · 5 a training run ·
-7 evaluation · 9 the command line
+6 baselines · 7 evaluation · 9 the command line
 """
 
 import argparse
@@ -71,8 +71,8 @@ def knob(default, help, choices=None):
 class Args:
     env: str = knob("overcooked", "the environment", tuple(ENVS))
     task: str = knob("", "a task of the environment; without it, its first one")
-    method: str = knob("twosome", "twosome trains; zero-shot only evaluates the untrained LLM",
-                       ("twosome", "zero-shot"))
+    method: str = knob("twosome", "twosome, or one of the baselines of section 6",
+                       ("twosome", "ppo", "saycan", "zero-shot", "random"))
     norm: str = knob("word", "divide an action's log-probability by its words (the paper's best), "
                      "by its tokens, or not at all", ("word", "token", "none"))
     model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B; ours: "
@@ -118,6 +118,9 @@ class Args:
 TASK_STEPS = {"tomato-salad": 20_480, "tomato-lettuce-salad": 40_960,
               "food-preparation": 20_480, "entertainment": 81_920}
 GAMMA = {"overcooked": 0.99, "virtualhome": 0.95}
+# Where a baseline's own knobs differ, found with as many trials on the same seeds.
+METHOD_KNOBS = {"ppo": {"policy_lr": 1e-3, "value_lr": 1e-3, "epochs": 4, "minibatches": 4},
+                "saycan": {"epochs": 10, "minibatches": 4}}
 
 
 # ==================================================================================================
@@ -417,17 +420,13 @@ class Episode:
         self.start()
 
     def start(self):
-        self.obs, info = self.env.reset()
-        self.offered = info["actions"]                # global action index -> phrase
-        self.ret, self.length, self.success = 0.0, 0, False
-
-    @property
-    def prompt(self) -> str:
-        return build_prompt(self.obs, self.env.goal)
+        self.obs, self.info = self.env.reset()
+        self.ret, self.length = 0.0, 0
 
     @property
     def state(self) -> tuple[str, tuple[str, ...]]:
-        return self.prompt, tuple(self.offered.values())
+        """What the agent is shown: the prompt, and the phrases of the offered actions."""
+        return build_prompt(self.obs, self.env.goal), tuple(self.info["actions"].values())
 
     def act(self, chosen: int):
         """Take the chosen one (0 ... K-1) of the offered actions.
@@ -436,11 +435,12 @@ class Episode:
         ("chop" is three strokes) of k primitive steps; its reward is already discounted inside,
         and what comes after it is discounted by gamma^k: a semi-Markov decision process.
         """
-        self.obs, reward, terminated, truncated, info = self.env.step(list(self.offered)[chosen])
-        self.offered, self.success = info["actions"], info["success"]
+        action = list(self.info["actions"])[chosen]  # its global index
+        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+        k = self.info["primitive_steps"]
         self.ret += self.gamma ** self.length * reward
-        self.length += info["primitive_steps"]
-        return reward, self.gamma ** info["primitive_steps"], terminated, truncated
+        self.length += k
+        return reward, self.gamma ** k, terminated, truncated
 
 
 @dataclass
@@ -500,9 +500,9 @@ def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random
             # The time limit is not part of the state, so it is no reason for a state to be worth
             # nothing: what would have followed is estimated by the critic. A success is the end.
             ends.append(terminated or (truncated and not args.bootstrap_time_limit))
-            next_prompts.append(episode.prompt)
+            next_prompts.append(episode.state[0])
             if dones[-1]:
-                episodes.append((episode.success, episode.ret, episode.length))
+                episodes.append((episode.info["success"], episode.ret, episode.length))
                 episode.start()
     with torch.no_grad():
         value = agent.value([prompt for prompt, _ in states]).cpu()
@@ -641,14 +641,27 @@ def load_lm(name: str, device: str, dtype: str):
     return model.to(device), tokenizer
 
 
-def make_env(args: Args):
+def make_episode(args: Args) -> Episode:
     # Overcooked discounts inside its macro-actions; a household action is a single step.
     options = {"gamma": args.gamma} if args.env == "overcooked" else {}
-    return ENVS[args.env](task=args.task, **options)
+    kind = {"ppo": SymbolicEpisode, "saycan": SkillEpisode}.get(args.method, Episode)
+    return kind(ENVS[args.env](task=args.task, **options), args.gamma)
+
+
+def make_agent(args: Args) -> Agent:
+    episode = make_episode(args)
+    n_inputs, n_actions = len(episode.info["vector"]), episode.env.n_actions
+    if args.method == "ppo":
+        return SymbolicAgent(n_inputs, n_actions)
+    if args.method == "random":
+        return RandomAgent()
+    model, tokenizer = load_lm(args.model, args.device, args.dtype)
+    llm = Agent(model, tokenizer, args.norm, args.max_prompts)
+    return SayCan(llm, n_inputs, n_actions) if args.method == "saycan" else llm
 
 
 def trained_parameters(agent: Agent) -> dict[str, torch.Tensor]:
-    """Everything that training changes: LoRA and the critic, by name."""
+    """Everything that training changes, by name: LoRA and the critic."""
     return {name: p for name, p in agent.named_parameters() if p.requires_grad}
 
 
@@ -691,17 +704,22 @@ def train(args: Args, run: Path):
 
     A folder that holds a checkpoint is a run to go on with."""
     torch.manual_seed(args.seed)
-    model, tokenizer = load_lm(args.model, args.device, args.dtype)
+    agent = make_agent(args)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", asdict(args))
-    agent = Agent(model, tokenizer, args.norm, args.max_prompts)
-    lora = [p for p in agent.model.parameters() if p.requires_grad]
-    print(f"{args.task} with {args.model}: {sum(p.numel() for p in model.parameters()):,} weights "
-          f"on {model.device}, of which {sum(p.numel() for p in lora):,} in LoRA are trained, and "
-          f"a critic of {sum(p.numel() for p in agent.critic.parameters()):,}")
-    optimizers = {"policy": torch.optim.AdamW(lora, args.policy_lr, eps=1e-5, weight_decay=0.0),
-                  "value": torch.optim.Adam(agent.critic.parameters(), args.value_lr, eps=1e-5)}
-    playing = [Episode(make_env(args), args.gamma) for _ in range(args.n_envs)]
+    if args.method in ("zero-shot", "random"):  # nothing to train
+        before = evaluate(agent, args, EVALUATION_EPISODES)
+        print(f"{args.task}, {args.method}: {describe(before)}")
+        return write_summary(args, run, 0, 0.0, before, None)
+
+    actor = [p for p in agent.model.parameters() if p.requires_grad]
+    print(f"{args.task}, {args.method}: {sum(p.numel() for p in agent.parameters()):,} weights, of "
+          f"which {sum(map(torch.numel, actor)):,} of the actor and "
+          f"{sum(map(torch.numel, agent.critic.parameters())):,} of the critic are trained")
+    optimizers = {"value": torch.optim.Adam(agent.critic.parameters(), args.value_lr, eps=1e-5)}
+    if actor:  # SayCan has none
+        optimizers["policy"] = torch.optim.AdamW(actor, args.policy_lr, eps=1e-5, weight_decay=0.0)
+    playing = [make_episode(args) for _ in range(args.n_envs)]
     rng = random.Random(args.seed)
     steps_per_update = args.n_envs * args.rollout_steps
     n_updates = max(1, args.steps // steps_per_update)
@@ -713,9 +731,8 @@ def train(args: Args, run: Path):
         version, internal, gauss = progress["rng"]
         rng.setstate((version, tuple(internal), gauss))
         for episode, state in zip(playing, progress["playing"], strict=True):
-            episode.env.set_state(state.pop("env"))
-            state["offered"] = {int(index): phrase for index, phrase in state["offered"].items()}
-            vars(episode).update(state)
+            episode.obs, episode.info = episode.env.set_state(state["env"])
+            episode.ret, episode.length = state["ret"], state["length"]
         with open(run / "metrics.csv", newline="") as file:  # rows after the checkpoint come anew
             rows = list(csv.DictReader(file))[:done]
         if [row.get("update") for row in rows] != [str(i + 1) for i in range(done)]:
@@ -723,13 +740,11 @@ def train(args: Args, run: Path):
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES)
         print("before training:", describe(before))
-        if args.method == "zero-shot":
-            return write_summary(args, run, 0, 0.0, before, None)
 
     def state_of_run() -> dict:
         return {"update": done, "seconds": seconds, "before": before, "rng": rng.getstate(),
-                "playing": [{"obs": e.obs, "offered": e.offered, "ret": e.ret, "length": e.length,
-                             "success": e.success, "env": e.env.get_state()} for e in playing]}
+                "playing": [{"ret": e.ret, "length": e.length, "env": e.env.get_state()}
+                            for e in playing]}
 
     stop = []  # filled by the first Ctrl-C: the update at hand is finished, then the run is saved
 
@@ -751,13 +766,16 @@ def train(args: Args, run: Path):
         while done < n_updates and not stop:
             started = time.perf_counter()
             left = 1 - done / n_updates  # learning rates fall linearly to 0
-            optimizers["policy"].param_groups[0]["lr"] = args.policy_lr * left
-            optimizers["value"].param_groups[0]["lr"] = args.value_lr * left
+            for name, optimizer in optimizers.items():
+                optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * left
             rollout = collect(agent, playing, args, rng)
             log = dict.fromkeys(METRICS, "")
-            if done >= args.critic_warmup:
-                log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
-            log |= update_value(agent, optimizers["value"], rollout, args, rng)
+            if args.method == "saycan":
+                log |= update_affordance(agent, optimizers["value"], rollout, args, rng)
+            else:
+                if done >= args.critic_warmup:
+                    log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
+                log |= update_value(agent, optimizers["value"], rollout, args, rng)
             if not np.isfinite([x for x in log.values() if x != ""]).all():
                 raise UserError(f"update {done + 1} gave a loss that is not finite; the last "
                                 "checkpoint is kept; start anew with lower learning rates")
@@ -780,7 +798,10 @@ def train(args: Args, run: Path):
     if stop and done < n_updates:
         raise UserError(f"stopped after {done} of {n_updates} updates, nothing is lost; go on with "
                         f"python twosome.py --resume {run}")
-    agent.model.save_pretrained(run / "adapter")
+    if args.method == "twosome":
+        agent.model.save_pretrained(run / "adapter")
+    elif args.method == "ppo":
+        save_file(agent.model.state_dict(), run / "actor.safetensors")
     save_file(agent.critic.state_dict(), run / "critic.safetensors")
     after = evaluate(agent, args, EVALUATION_EPISODES)
     write_summary(args, run, done * steps_per_update, seconds, before, after)
@@ -791,10 +812,122 @@ def train(args: Args, run: Path):
 What was learned, in {seconds:.0f} s and {done * steps_per_update:,} decisions:
   success  {before['success']:.3f} -> {after['success']:.3f}   (best: 1)
   return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: {best:.3f})
-The run is in {run}: metrics.csv, summary.json, adapter/ (PEFT format), critic.safetensors.
+The run is in {run}: {", ".join(sorted(path.name for path in run.iterdir()))}.
 What to do next:
   python twosome.py --evaluate {run}   # more episodes of this agent
   python twosome.py --env virtualhome --task entertainment   # another world""")
+
+
+# ==================================================================================================
+# 6. Baselines: the same PPO without a language model, and a language model without PPO.
+# ==================================================================================================
+
+def tanh_mlp(n_inputs: int, n_outputs: int, gain: float) -> nn.Sequential:
+    """Two hidden layers of 64, orthogonal initialisation: what PPO is usually run with."""
+    layers = []
+    for n_in, n_out, g in ((n_inputs, 64, 2**0.5), (64, 64, 2**0.5), (64, n_outputs, gain)):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+        nn.init.orthogonal_(layers[-2].weight, g), nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+class SymbolicEpisode(Episode):
+    """Shown in numbers: the symbolic observation, and the indices of the offered actions."""
+
+    @property
+    def state(self):
+        return tuple(self.info["vector"].tolist()), tuple(self.info["actions"])
+
+
+class SymbolicAgent(Agent):
+    """PPO from scratch. Rollout, advantages and updates are those of section 4."""
+
+    def __init__(self, n_inputs: int, n_actions: int):
+        nn.Module.__init__(self)
+        self.model = tanh_mlp(n_inputs, n_actions, gain=0.01)  # nearly uniform at first
+        self.critic = tanh_mlp(n_inputs, 1, gain=1.0)
+        self.max_prompts, self.policy_memory = 1024, {}
+
+    def log_policy(self, vectors, offered):
+        logits = self.model(torch.tensor(vectors))  # (B, all actions); a softmax over the offered
+        return [F.log_softmax(row[list(indices)], -1) for row, indices in zip(logits, offered)]
+
+    def features(self, vectors):
+        return torch.tensor(vectors)
+
+
+class SkillEpisode(Episode):
+    """Shown in words and in numbers; an action earns 1 when it succeeds, and nothing after it
+    counts. "Succeeds": it changes the state, whether that serves the goal or not."""
+
+    @property
+    def state(self):
+        prompt, _ = super().state
+        return (prompt, tuple(self.info["vector"].tolist())), tuple(self.info["actions"].items())
+
+    def act(self, chosen: int):
+        _, _, terminated, truncated = super().act(chosen)
+        return float(self.info["changed"]), 0.0, terminated, truncated
+
+
+class SayCan(Agent):
+    """SayCan (Ahn et al., 2022): what is sensible, in the eyes of a frozen LLM, times what works.
+
+        pi(a | s) ~ P_LLM(a | s) * P(a succeeds | s)
+
+    The second factor, the affordance, is learned from the agent's own exploration.
+    """
+
+    def __init__(self, llm: Agent, n_inputs: int, n_actions: int):
+        nn.Module.__init__(self)
+        self.model = llm.requires_grad_(False)  # never trained: so what it says is remembered
+        self.critic = tanh_mlp(n_inputs, n_actions, gain=0.01)  # logits; all affordances near 1/2
+        self.max_prompts, self.policy_memory = 1024, {}
+
+    def affordance(self, seen, offered) -> list[torch.Tensor]:
+        """Logits that the offered actions succeed: B tensors (K_b,)."""
+        logits = self.critic(torch.tensor([vector for _, vector in seen]))  # (B, all actions)
+        return [row[[index for index, _ in actions]] for row, actions in zip(logits, offered)]
+
+    def log_policy(self, seen, offered):
+        says = self.model.remembered_log_policy([
+            (prompt, tuple(phrase for _, phrase in actions))
+            for (prompt, _), actions in zip(seen, offered)])
+        can = self.affordance(seen, offered)
+        return [F.log_softmax(say + F.logsigmoid(c), -1) for say, c in zip(says, can)]
+
+    def value(self, seen):
+        return torch.zeros(len(seen))
+
+
+def update_affordance(agent: SayCan, optimizer, rollout: Rollout, args: Args, rng) -> dict:
+    """Cross-entropy of the predicted success of each action taken.
+
+        L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
+    """
+    losses = []
+    for batch in minibatches(len(rollout.states), args, rng):
+        logits = agent.affordance(*zip(*(rollout.states[i] for i in batch)))
+        chosen = torch.stack([row[rollout.chosen[i]] for row, i in zip(logits, batch)])
+        # With V = 0 and discount 0 the return is the skill's own reward.
+        loss = F.binary_cross_entropy_with_logits(chosen, rollout.returns[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    agent.policy_memory.clear()
+    return {"value_loss": float(np.mean(losses))}
+
+
+class RandomAgent(Agent):
+    """Uniformly random choice among the offered actions, for scale."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.max_prompts, self.policy_memory = 1024, {}
+
+    def log_policy(self, prompts, actions):
+        return [torch.zeros(len(offered)).log_softmax(-1) for offered in actions]
 
 
 # ==================================================================================================
@@ -809,7 +942,7 @@ OPTIMUM = {"tomato-salad": 0.92052, "tomato-lettuce-salad": 0.94766, "entertainm
 def evaluate(agent: Agent, args: Args, n_episodes: int, stream: str = "evaluation") -> dict:
     """Play n episodes, all at once so that their prompts share the LM's batches."""
     rng = random.Random(f"{stream} {args.seed}")  # apart from training's random numbers
-    episodes = [Episode(make_env(args), args.gamma) for _ in range(n_episodes)]
+    episodes = [make_episode(args) for _ in range(n_episodes)]
     playing = episodes
     while playing:
         still_playing = []
@@ -821,7 +954,7 @@ def evaluate(agent: Agent, args: Args, n_episodes: int, stream: str = "evaluatio
                 still_playing.append(episode)
         playing = still_playing
     agent.policy_memory.clear()  # training goes on as if nobody had looked, to the last bit
-    results = np.array([(e.success, e.ret, e.length) for e in episodes])
+    results = np.array([(e.info["success"], e.ret, e.length) for e in episodes])
     return dict(zip(("success", "return", "length"), results.mean(axis=0).tolist()),
                 return_std=results[:, 1].std().item(), episodes=n_episodes)
 
@@ -833,21 +966,26 @@ def describe(result: dict) -> str:
 
 def show_episode(agent: Agent, args: Args):
     """Print one episode: each decision, its probability before training and after."""
-    episode, rng = Episode(make_env(args), args.gamma), random.Random(args.seed)
-    print("\none episode (probability of the chosen action before -> after training):")
+    episode, rng = make_episode(args), random.Random(args.seed)
+    trained = args.method == "twosome"
+    print("\none episode (probability of the chosen action"
+          + " before -> after training" * trained + "):")
     for _ in range(30):
         (after,) = agent.remembered_log_policy([episode.state])
-        with torch.no_grad(), agent.model.disable_adapter():
-            (before,) = agent.log_policy(*map(list, zip(episode.state)))
         action = sample(after, rng)
-        phrase = episode.state[1][action]
-        print(f"  {before[action].exp():.2f} -> {after[action].exp():.2f}  {phrase}")
+        before = ""
+        if trained:
+            with torch.no_grad(), agent.model.disable_adapter():
+                (log_p,) = agent.log_policy(*map(list, zip(episode.state)))
+            before = f"{log_p[action].exp():.2f} -> "
+        phrase = list(episode.info["actions"].values())[action]
+        print(f"  {before}{after[action].exp():.2f}  {phrase}")
         _, _, terminated, truncated = episode.act(action)
         if terminated or truncated:
             break
     else:
         print("  ... (cut after 30 decisions)")
-    print(f"  success: {episode.success}, discounted return {episode.ret:.3f}")
+    print(f"  success: {episode.info['success']}, discounted return {episode.ret:.3f}")
 
 
 def write_summary(args: Args, run: Path, env_steps: int, seconds: float, before, after):
@@ -859,22 +997,24 @@ def write_summary(args: Args, run: Path, env_steps: int, seconds: float, before,
 
 def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
     """Return the trained agent of a finished run; flags that were given override its own."""
-    args = finish(Args(**(read_config(run) | given)))
+    args = finish(read_config(run) | given)
     if not (run / "summary.json").exists():
         raise UserError(f"{run} has not ended; end it with --resume {run}")
     if useless := set(given) - {"task", "seed", "device", "dtype", "max_prompts"}:
         raise UserError(f"--evaluate has no use for {', '.join(map(flag, sorted(useless)))}")
-    model, tokenizer = load_lm(args.model, args.device, args.dtype)
-    agent = Agent(model, tokenizer, args.norm, args.max_prompts)
-    if args.method == "zero-shot":
-        return args, agent
+    agent, unknown = make_agent(args), ()
     try:
-        adapter = load_file(run / "adapter" / "adapter_model.safetensors")
-        unknown = set_peft_model_state_dict(agent.model, adapter).unexpected_keys
-        agent.critic.load_state_dict(load_file(run / "critic.safetensors"))
+        if args.method == "twosome":
+            adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+            unknown = set_peft_model_state_dict(agent.model, adapter).unexpected_keys
+        elif args.method == "ppo":
+            agent.model.load_state_dict(load_file(run / "actor.safetensors"))
+        if args.method in ("twosome", "ppo", "saycan"):
+            agent.critic.load_state_dict(load_file(run / "critic.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{run} holds no whole agent for {args.model} ({reason})") from error
+        raise UserError(f"{run} holds no whole agent for {args.task} with {args.model} ({reason})"
+                        ) from error
     if unknown:
         raise UserError(f"the adapter in {run} belongs to another model than {args.model}")
     return args, agent
@@ -921,8 +1061,9 @@ def parse(argv) -> tuple[dict, dict]:
     return given, mode
 
 
-def finish(args: Args) -> Args:
-    """Fill in what depends on other arguments; refuse what cannot work."""
+def finish(given: dict) -> Args:
+    """Fill in what was not given or depends on other arguments; refuse what cannot work."""
+    args = Args(**(METHOD_KNOBS.get(given.get("method"), {}) | given))
     tasks = list(ENVS[args.env].TASKS)
     args.task = args.task or tasks[0]
     if args.task not in tasks:
@@ -944,11 +1085,10 @@ def finish(args: Args) -> Args:
 
 def read_config(run: Path) -> dict:
     try:
-        args = Args(**json.loads((run / "config.json").read_text()))
-        if not all(isinstance(getattr(args, f.name), f.type) for f in fields(Args)):
+        config = asdict(finish(json.loads((run / "config.json").read_text())))
+        if not all(isinstance(config[f.name], f.type) for f in fields(Args)):
             raise ValueError
-        config = asdict(finish(args))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{run} is not a run's folder: no readable config.json of ours") from error
     return config
 
@@ -971,9 +1111,9 @@ def main(argv=None):
         result = evaluate(agent, args, mode.get("episodes", EVALUATION_EPISODES), "another")
         print(f"{args.task}: {describe(result)}")
         return show_episode(agent, args)
-    args = finish(Args(**given))
-    name = f"runs/{args.task}-{args.norm}-seed{args.seed}"
-    name += "-zero-shot" if args.method == "zero-shot" else ""
+    args = finish(given)
+    kind = {"twosome": args.norm, "ppo": "ppo", "random": "random"}
+    name = f"runs/{args.task}-{kind.get(args.method, f'{args.method}-{args.norm}')}-seed{args.seed}"
     run = Path(args.out) if args.out else next(path for path in map(Path, (
         name, *(f"{name}-{again}" for again in range(2, 1000)))) if not path.exists())
     if run.exists():

@@ -116,13 +116,15 @@ class State:
 
 
 class VirtualHomeText:
-    """One household task with Gymnasium's calls. `step` takes the global index of an action."""
+    """One household task with Gymnasium's calls. `step` takes the global index of an action.
+
+    offer_all: offer every action in every state, also what can not be done (for comparisons)."""
     TASKS = tuple(TASKS)
 
-    def __init__(self, task: str = "food-preparation"):
+    def __init__(self, task: str = "food-preparation", offer_all: bool = False):
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; valid tasks: {', '.join(TASKS)}")
-        self.task, self._task = task, TASKS[task]
+        self.task, self._task, self.offer_all = task, TASKS[task], offer_all
         self.goal = self._task.goal
         self._actions = self._task.actions
         self._on_target = f"{'in' if self._task.has_door else 'on'} the {self._task.target}"
@@ -141,6 +143,7 @@ class VirtualHomeText:
     def step(self, action: int) -> tuple[str, float, bool, bool, dict]:
         """Do one action. Returns (observation, reward, terminated, truncated, info).
 
+        info["changed"] says whether it changed the state.
         Raises RuntimeError when no episode is running, ValueError when `action` is no index."""
         if not self._running:
             raise RuntimeError("no episode is running: call reset() before step()")
@@ -150,10 +153,12 @@ class VirtualHomeText:
             raise ValueError(f"an action is an integer index, got {action!r}") from None
         if not 0 <= index < self.n_actions:
             raise ValueError(f"action {index} is outside 0..{self.n_actions - 1}")
+        before = deepcopy(self._state)
         if self._possible(*self._actions[index]):
             self._do(*self._actions[index])
         self._steps += 1
         obs, info = self._perceive(primitive_steps=1)
+        info["changed"] = self._state != before
         terminated = info["success"]
         truncated = not terminated and self._steps >= MAX_STEPS
         self._running = not (terminated or truncated)
@@ -249,7 +254,7 @@ class VirtualHomeText:
         bits = self._bits()
         if bits not in self._told:  # text and offered actions depend on the vector alone
             offered = {index: self._phrase(*pair) for index, pair in enumerate(self._actions)
-                       if self._offered(*pair)}
+                       if self.offer_all or self._offered(*pair)}
             self._told[bits] = self._text(), offered
         obs, offered = self._told[bits]
         return obs, {"actions": dict(offered), "vector": np.array(bits, dtype=np.float32),
