@@ -13,6 +13,7 @@ import doctest
 import functools
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -34,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import overcooked_text
 import twosome
 import virtualhome_text
+from experiments import reproduce
 from overcooked_text import OvercookedText
 from pocket_lm import make_pocket_lm
 from twosome import Agent, Args, Episode, UserError, action_log_probs, encode
@@ -878,6 +880,99 @@ def test_baselines_run_resume_and_load(method, monkeypatch, capsys):
     if method == "ppo":
         capsys.readouterr()
         assert "size mismatch" in fails(capsys, "--evaluate", "cut", "--task", "tomato-lettuce-salad")
+
+
+# --- Experiments ----------------------------------------------------------------------------------
+
+def test_reproduce_goes_on_where_it_stopped():
+    """Otherwise four hours of runs would be lost with one Ctrl-C."""
+    folder = Path("results").resolve()
+    folder.mkdir()
+    plan = [job for job in reproduce.jobs("quick", "nowhere") if job["label"] == "random"][:2]
+    plan = [job | {"run": str(Path(job["name"]).resolve())} for job in plan]
+    plan[0]["given"] |= {"method": "ppo", "steps": 600}
+    names = [job["name"] for job in plan]
+    reproduce.run_all(plan[:1], folder, 1)
+    first = (folder / "runs.csv").read_text()
+    curve = (folder / "curves.csv").read_text()
+    assert names[0] in first and names[1] not in first and names[0] in curve
+    # An interruption between a curve and its row leaves a curve that is to be made anew.
+    reproduce.append_csv(folder / "curves.csv", reproduce.CURVE, [{"name": names[1]}])
+    done = {row["name"] for row in reproduce.read_csv(folder / "runs.csv")}
+    reproduce.run_all([job for job in plan if job["name"] not in done], folder, 1)
+    assert (folder / "runs.csv").read_text().startswith(first)
+    assert [row["name"] for row in reproduce.read_csv(folder / "runs.csv")] == names
+    assert (folder / "curves.csv").read_text() == curve
+
+
+def test_a_job_that_was_cut_goes_on_from_its_checkpoint(monkeypatch):
+    """Otherwise a long run would begin anew each time."""
+    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 4)
+    monkeypatch.setattr(twosome, "CHECKPOINT_EVERY", 1)
+    (job, *_) = (job for job in reproduce.jobs("quick", "") if job["label"] == "ppo")
+    job |= {"run": "run", "given": job["given"] | {"steps": 2000}}
+    collect, calls = twosome.collect, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return collect(*args)
+
+    monkeypatch.setattr(twosome, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_job(job)
+    _, row, curve = reproduce.run_job(job)
+    assert row["env_steps"] == 1536 and len(curve) == 3
+    assert len(calls) == 4  # the two finished updates were not played again
+
+
+@pytest.mark.parametrize("counts, successes, expected", [
+    ([50, 50, 50], [0.8, 1.0, 1.0], 100), ([50, 50, 50], [0.0, 0.89, 0.9], ""),
+    ([100, 0, 60], [0.5, 0, 1.0], ""), ([200, 10], [0.9, 0.0], 50)])
+def test_steps_until_90_percent_by_hand(counts, successes, expected):
+    """Otherwise the main comparison of the results would count something else."""
+    curve = [{"env_steps": 50 * (i + 1), "episodes": n, "success": x if n else ""}
+             for i, (n, x) in enumerate(zip(counts, successes))]
+    assert reproduce.steps_to_90(curve) == expected
+
+
+@pytest.mark.parametrize("principle", list(reproduce.PRINCIPLES))
+def test_principles_are_switched_off_and_on_again(principle):
+    """Otherwise E4 would measure nothing, or leak into the runs after it."""
+    args = twosome.finish({})
+    as_it_is = twosome.make_episode(args).state
+    with reproduce.changed(principle):
+        prompt, phrases = twosome.make_episode(args).state
+    assert (prompt, phrases) != as_it_is and len(phrases) == len(as_it_is[1])
+    assert len(set(phrases)) == len(phrases)
+    assert twosome.make_episode(args).state == as_it_is
+
+
+def test_all_actions_of_virtualhome_are_offered():
+    """Otherwise E5 would compare the mask with itself."""
+    args = twosome.finish({"env": "virtualhome"})
+    with reproduce.changed("all-actions"):
+        episode = twosome.make_episode(args)
+        assert list(episode.info["actions"]) == list(range(10))
+    assert len(twosome.make_episode(args).info["actions"]) < 10
+
+
+def test_perplexity_by_hand():
+    """Otherwise "no loss of language" would rest on a wrong sum."""
+    model, tokenizer = pocket()
+    with pytest.MonkeyPatch.context() as patch:
+        texts = ["The oven is closed.", "You are in the kitchen. You hold the cup. Open it."]
+        patch.setattr(reproduce, "held_out", lambda: texts)
+        patch.setattr(reproduce, "cloze", lambda: (["You are in the"], [["kitchen.", "closed."]]))
+        perplexity, accuracy = reproduce.language(model, tokenizer)
+    nats, n = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        nats -= sum(log_p[i, token].item() for i, token in enumerate(ids[1:]))
+        n += len(ids) - 1
+    assert perplexity == pytest.approx(math.exp(nats / n), rel=1e-5) and accuracy == 1
 
 
 # --- The command line -----------------------------------------------------------------------------
