@@ -655,7 +655,7 @@ def test_gae_with_macro_actions_by_hand():
 def test_gae_of_the_best_episode_is_the_optimum(env, task):
     """Otherwise GAE and the reported returns would discount differently: with lambda 1 and a critic
     that says 0, the first advantage is the discounted return of the episode."""
-    episode = Episode(twosome.ENVS[env](task=task), twosome.GAMMA[env])
+    episode = twosome.make_episode(twosome.finish({"env": env, "task": task}))
     outcome = [episode.act(list(episode.info["actions"]).index(action)) for action in PLANS[task]]
     reward, discount, done, _ = (torch.tensor(x, dtype=torch.float32)[:, None]
                                  for x in zip(*outcome))
