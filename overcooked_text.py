@@ -374,4 +374,5 @@ class OvercookedText:
         return "\n".join([
             *rows, f"In hand: {held or 'nothing'}. In the bowl: {listing(in_bowl) or 'nothing'}. "
             f"Primitive steps: {self.steps}.",
-            f"@ cook, {names} (small letter: chopped), [ ] board, {{ }} serving, # counter"])
+            f"@ cook, {names} (small letter: chopped)",
+            "[ ] board, { } serving, # counter"])

@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -880,6 +881,82 @@ def test_baselines_run_resume_and_load(method, monkeypatch, capsys):
     if method == "ppo":
         capsys.readouterr()
         assert "size mismatch" in fails(capsys, "--evaluate", "cut", "--task", "tomato-lettuce-salad")
+
+
+# --- Watching -------------------------------------------------------------------------------------
+
+FIRST_DECISION = """
+---------------------------------- decision 1 ----------------------------------
+ #  #  #  #  #  T  #
+[ ] .  .  .  @  .  #
+ #  .  .  .  .  .  #
+{ } .  .  .  .  .  #
+ #  .  .  .  .  .  #
+ #  .  .  .  .  .  #
+ #  #  #  #  #  B  #
+In hand: nothing. In the bowl: nothing. Primitive steps: 0.
+@ cook, T tomato, B bowl (small letter: chopped)
+[ ] board, { } serving, # counter
+
+You are in the middle of the kitchen. You see a tomato on the table. Your hands
+are empty. To serve a salad of chopped tomato in a bowl, your next step is to
+...
+
+  probability
+> 0.20 ##           pick up the tomato
+  0.20 ##           pick up the bowl
+  0.20 ##           walk to the cutting board
+  0.20 ##           walk to the serving counter
+  0.20 ##           wait for something to chop
+
+discounted return so far 0.000, step 0
+"""
+
+
+def test_watch_random_choice(capsys, monkeypatch):
+    """Otherwise a pipe, a notebook or an old terminal would show something else, or wait."""
+    monkeypatch.setenv("COLUMNS", "80")
+    twosome.main(["--watch", "--method", "random", "--seed", "1"])
+    text = capsys.readouterr().out
+    unmarked = text[:len(FIRST_DECISION)].replace("> ", "  ")
+    assert unmarked == FIRST_DECISION.replace("> ", "  ")
+    assert text.isascii() and text.replace("\n", "").isprintable()  # no control codes
+    assert "The agent reached the goal after" in text or "The agent ran out of time after" in text
+
+
+def test_watch_shows_before_and_after(finished, capsys, monkeypatch):
+    """Otherwise one could not see what training has changed, or why the normalisations differ."""
+    for columns in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        twosome.main(["--watch", str(finished), "--tokens", "--pace", "0"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= int(columns)
+    args, agent = twosome.load_run(finished, {})
+    prompt, phrases = twosome.make_episode(args).state
+    (after,) = agent.remembered_log_policy([(prompt, phrases)])
+    with agent.model.disable_adapter():
+        (before,) = agent.log_policy([prompt], [phrases])
+    first = [line for line in lines if line[:4] in ("  0.", "> 0.")][:len(phrases)]
+    for line, p, q, phrase in zip(first, before.exp(), after.exp(), phrases):
+        numbers = re.findall(r"\d\.\d\d", line)
+        assert numbers == [f"{p:.2f}", f"{q:.2f}"] and line.endswith(phrase)
+    assert sum(line.startswith("> ") for line in first) == 1
+    log_probs, n_tokens = action_log_probs(agent.model, agent.tokenizer, [prompt], [phrases])
+    start = lines.index("log-probability of each token:")
+    sums = [line for line in lines[start:] if " sum " in line][:len(phrases)]
+    for line, log_prob, n in zip(sums, log_probs[0], n_tokens[0]):
+        assert f"sum {log_prob:.2f};  / {n} tokens" in line
+    assert any(line.startswith("value ") for line in lines)
+
+
+def test_watch_steps_on_enter(finished, capsys, monkeypatch):
+    """Otherwise the episode would rush past."""
+    asked = iter(["", "q"])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
+    twosome.main(["--watch", str(finished)])
+    text = capsys.readouterr().out
+    assert "decision 2" in text and "decision 3" not in text
 
 
 # --- Experiments ----------------------------------------------------------------------------------

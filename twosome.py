@@ -11,13 +11,14 @@ adapter (LoRA) so that rewarded endings become likelier. The model itself stays 
     python twosome.py --env virtualhome --task food-preparation
     python twosome.py --env virtualhome --task entertainment
     python twosome.py --env overcooked --model HuggingFaceTB/SmolLM2-135M --device cuda
+    python twosome.py --watch runs/tomato-salad-word-seed1          # see the agent decide
     python twosome.py --evaluate runs/tomato-salad-word-seed1       # 100 more episodes of a run
     python twosome.py --resume runs/tomato-salad-word-seed1         # go on where it stopped
 
 Sections 1 to 4 are the whole algorithm, in reading order; a student can stop there. They know
 nothing of files or the command line.
 0 arguments · 1 prompts · 2 scoring · 3 the actor-critic · 4 PPO · 5 a training run ·
-6 baselines · 7 evaluation · 9 the command line
+6 baselines · 7 evaluation · 8 watching · 9 the command line
 """
 
 import argparse
@@ -29,9 +30,11 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import weakref
@@ -992,28 +995,20 @@ def describe(result: dict) -> str:
             "{length:.1f} primitive steps, over {episodes} sampled episodes".format(**result))
 
 
-def show_episode(agent: Agent, args: Args):
-    """Print one episode: each decision, its probability before training and after."""
-    episode, rng = make_episode(args), random.Random(args.seed)
-    trained = args.method == "twosome"
-    print("\none episode (probability of the chosen action"
-          + " before -> after training" * trained + "):")
-    for _ in range(30):
-        (after,) = agent.remembered_log_policy([episode.state])
-        action = sample(after, rng.random())
-        before = ""
-        if trained:
+def play(agent: Agent, args: Args):
+    """Play one episode; yield (episode, before, after, action) ahead of each decision: the policies
+    (K,) of the LLM without its adapter (None where there is none) and of the agent, and the choice.
+    """
+    episode, rng, over = make_episode(args), random.Random(args.seed), False
+    while not over:
+        before, (after,) = None, agent.remembered_log_policy([episode.state])
+        if args.method == "twosome":
             with torch.no_grad(), agent.model.disable_adapter():
-                (log_p,) = agent.log_policy(*map(list, zip(episode.state)))
-            before = f"{log_p[action].exp():.2f} -> "
-        phrase = list(episode.info["actions"].values())[action]
-        print(f"  {before}{after[action].exp():.2f}  {phrase}")
+                (before,) = agent.log_policy(*map(list, zip(episode.state)))
+        action = sample(after, rng.random())
+        yield episode, before, after, action
         _, _, terminated, truncated = episode.act(action)
-        if terminated or truncated:
-            break
-    else:
-        print("  ... (cut after 30 decisions)")
-    print(f"  success: {episode.info['success']}, discounted return {episode.ret:.3f}")
+        over = terminated or truncated
 
 
 def write_summary(args: Args, run: Path, env_steps: int, seconds: float, before, after):
@@ -1046,6 +1041,78 @@ def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
     if unknown:
         raise UserError(f"the adapter in {run} belongs to another model than {args.model}")
     return args, agent
+
+
+# ==================================================================================================
+# 8. Watching: what the agent sees, what it thinks of each action, and what it does.
+# ==================================================================================================
+
+def show_episode(agent: Agent, args: Args, longest: int = 30):
+    """Print one episode in short: each chosen action and its probability."""
+    trained = " before training -> after" if args.method == "twosome" else ""
+    print(f"\none episode (probability of the chosen action{trained}):")
+    for decision, (episode, before, after, action) in enumerate(play(agent, args)):
+        if decision < longest:
+            past = "" if before is None else f"{before[action].exp():.2f} -> "
+            print(f"  {past}{after[action].exp():.2f}  {episode.state[1][action]}")
+        elif decision == longest:
+            print("  ...")
+    print(f"  success: {episode.info['success']}, discounted return {episode.ret:.3f}")
+
+
+@torch.no_grad()
+def token_lines(agent: Agent, args: Args, prompt: str, phrases):
+    """For each action the log-probability of each of its tokens, and what normalisation makes of
+    their sum. A token's own is the difference between two joint ones, with it and without it."""
+    for phrase in phrases:
+        prompt_ids, (ids,) = encode(agent.tokenizer, prompt, (phrase,))
+        beginnings = [ids[:n] for n in range(1, len(ids) + 1)]
+        (joint,) = plain_log_probs(agent.model, [(prompt_ids, beginnings)])
+        own = torch.cat([joint[:1], joint.diff()]).tolist()
+        pieces = " ".join(f"{agent.tokenizer.decode([i]).strip() or '_'} {x:.2f}"
+                          for i, x in zip(ids, own))
+        total, n_words = joint[-1].item(), len(phrase.split())
+        yield phrase
+        yield f"    {pieces}"
+        yield (f"    sum {total:.2f};  / {len(ids)} tokens = {total / len(ids):.2f};  "
+               f"/ {n_words} words = {total / n_words:.2f}")
+
+
+def watch(agent: Agent, args: Args, tokens: bool, pace: float | None):
+    """Play an episode in the terminal, step by step: on Enter, or every `pace` seconds.
+
+    Plain characters only and no control codes, so it reads the same in a pipe or a notebook, where
+    it does not wait."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" may leave early
+    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
+    for number, (episode, before, after, action) in enumerate(play(agent, args), start=1):
+        prompt, phrases = Episode.state.fget(episode)
+        print(f"\n{f' decision {number} ':-^{width}}\n{episode.env.render()}\n")
+        print(textwrap.fill(f"{prompt} ...", width))
+        policies = [after.exp()] if before is None else [before.exp(), after.exp()]
+        size = (width - 44) // 2 - 6  # of a bar; the phrase has at least 38 columns
+        names = ["probability"] if before is None else ["before training", "after training"]
+        print("\n  " + "".join(f"{name:<{size + 6}}" for name in names).rstrip())
+        for k, phrase in enumerate(phrases):
+            bars = "".join(f"{p[k]:.2f} {'#' * round(p[k].item() * size):<{size}} "
+                           for p in policies)
+            print(textwrap.fill(phrase, width, initial_indent=f"{'>' if k == action else ' '} {bars}",
+                                subsequent_indent=" " * (len(bars) + 4)))
+        if tokens:
+            print("\nlog-probability of each token:")
+            for line in token_lines(agent, args, prompt, phrases):
+                print(textwrap.fill(line, width, initial_indent="  ", subsequent_indent="      "))
+        value = f"value {agent.value([episode.state[0]]).item():.3f}, " if args.method in (
+            "twosome", "ppo") else ""
+        print(f"\n{value}discounted return so far {episode.ret:.3f}, step {episode.length}")
+        if pace is not None:
+            time.sleep(pace)
+        elif sys.stdin.isatty() and input("Enter: next decision, q: quit ").strip() == "q":
+            return
+    end = "reached the goal" if episode.info["success"] else "ran out of time"
+    print(f"\n{episode.env.render()}\n\nThe agent {end} after {episode.length} primitive steps.\n"
+          f"Discounted return {episode.ret:.3f} (best: {OPTIMUM[args.task]:.3f}).")
 
 
 # ==================================================================================================
@@ -1083,9 +1150,15 @@ def parse(argv) -> tuple[dict, dict]:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     modes.add_argument("--evaluate", metavar="RUN", help="play episodes with a run's agent")
+    modes.add_argument("--watch", metavar="RUN", nargs="?", const="", help="see a run's agent "
+                       "decide, step by step; without RUN the untrained LLM, or --method random")
     parser.add_argument("--episodes", type=int, help="episodes of --evaluate (default: 100)")
+    parser.add_argument("--tokens", action="store_true", help="--watch: the tokens of each action")
+    parser.add_argument("--pace", type=float, help="--watch: seconds for each decision, instead of "
+                        "waiting for Enter")
     given = vars(parser.parse_args(argv))
-    mode = {name: given.pop(name) for name in ("resume", "evaluate", "episodes") if name in given}
+    mode = {name: given.pop(name) for name in
+            ("resume", "evaluate", "watch", "episodes", "tokens", "pace") if name in given}
     return given, mode
 
 
@@ -1125,6 +1198,8 @@ def main(argv=None):
     given, mode = parse(argv)
     if "episodes" in mode and ("evaluate" not in mode or mode["episodes"] < 1):
         raise UserError("--episodes belongs to --evaluate RUN and must be at least 1")
+    if ("tokens" in mode or "pace" in mode) and "watch" not in mode:
+        raise UserError("--tokens and --pace belong to --watch")
     if "resume" in mode:
         run = Path(mode["resume"])
         config = read_config(run)
@@ -1139,6 +1214,18 @@ def main(argv=None):
         result = evaluate(agent, args, mode.get("episodes", EVALUATION_EPISODES), "another")
         print(f"{args.task}: {describe(result)}")
         return show_episode(agent, args)
+    if "watch" in mode:
+        if mode["watch"]:
+            args, agent = load_run(Path(mode["watch"]), given)
+        else:
+            args = finish({"method": "zero-shot"} | given)
+            if args.method not in ("zero-shot", "random"):
+                raise UserError(f"--watch RUN shows a trained agent; --method {args.method} has to "
+                                "be trained first")
+            agent = make_agent(args)
+        if "tokens" in mode and args.method not in ("twosome", "zero-shot"):
+            raise UserError(f"--tokens: {args.method} has no tokens to show")
+        return watch(agent, args, "tokens" in mode, mode.get("pace"))
     args = finish(given)
     kind = {"twosome": args.norm, "ppo": "ppo", "random": "random"}
     name = f"runs/{args.task}-{kind.get(args.method, f'{args.method}-{args.norm}')}-seed{args.seed}"
