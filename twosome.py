@@ -112,7 +112,9 @@ class Args:
     max_prompts: int = knob(32, "prompts that go through the LLM at once: lower it when memory is "
                             "short, the numbers stay the same but for rounding; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float = knob(0.01, "weight of the entropy bonus; paper: the same")
+    ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; divided by words, a "
+                           "small LM's policy explores enough, and as long as nothing is earned "
+                           "the bonus alone would move it, away from what the LM knows")
     vf_coef: float = knob(0.5, "weight of the value loss; as the critic has its own optimiser, it "
                           "acts only through max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
@@ -120,13 +122,13 @@ class Args:
     critic_warmup: int = knob(0, "first updates that train only the critic; paper: 0")
 
 
-# Enough for TWOSOME with pocket_lm and for PPO from scratch, on seeds that no reported run uses.
-TASK_STEPS = {"tomato-salad": 10_240, "tomato-lettuce-salad": 30_720,
-              "food-preparation": 10_240, "entertainment": 40_960}
+# Enough for pocket_lm, on seeds that no reported run uses.
+TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 15_360,
+              "food-preparation": 5_120, "entertainment": 20_480}
 # What an environment or a baseline has of its own; a flag overrides it. PPO's were found with more
 # trials than TWOSOME's, on the same seeds (experiments/results/search.csv).
 OWN_KNOBS = {"overcooked": {"gamma": 0.99},
-             "ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4},
+             "ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4, "ent_coef": 0.01},
              "saycan": {"epochs": 10, "minibatches": 4}}
 
 
@@ -490,6 +492,8 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 def sample(log_policy: torch.Tensor, u: float) -> int:
     """Draw one of the K offered actions from log pi (K,); u is uniform in [0, 1)."""
     cumulative = list(itertools.accumulate(log_policy.exp().tolist()))
+    if not cumulative[-1] > 0:
+        raise UserError("the probabilities of the actions are not finite numbers")
     return bisect.bisect(cumulative, u * cumulative[-1], 0, len(cumulative) - 1)
 
 
@@ -633,7 +637,9 @@ EVALUATION_EPISODES = 100   # before training and after it
 
 
 def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """A kill at any moment leaves old or new, never half of it."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_lm(name: str, device: str, dtype: str):
@@ -647,24 +653,40 @@ def load_lm(name: str, device: str, dtype: str):
         name = str(Path(__file__).resolve().parent / name)
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"{name} is not a model folder: it has no config.json")
+        raise UserError(f"{name!r} is not a model folder: it has no config.json")
     if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "~"))):
         raise UserError(f"no model folder {name}; give a folder or a Hub id such as owner/name")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:  # a damaged folder can fail in any way, in any library
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the model {name}: {reason[:300]}") from error
+    # transformers would fill these up with random numbers.
+    if wrong := [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]:
+        raise UserError(f"the model {name} is not whole: {len(wrong)} of its weights, such as "
+                        f"{min(wrong)}, are missing or of another size than its config.json says")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"the model {name} has weights that are not finite numbers")
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name} reports no character offsets (it is not a fast "
                         "one), so the end of the prompt cannot be found; choose another model")
-    return model.to(PartialState().device if device == "cuda" else device), tokenizer
+    if tokenizer.vocab_size > model.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"the tokenizer of {name} knows more tokens than its model; they do not "
+                        "belong together")
+    model = model.to(PartialState().device if device == "cuda" else device)
+    # An encoder such as BERT would judge a word by the words behind it.
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2]], device=model.device)
+    with torch.no_grad():
+        a, b = model(input_ids=ids, attention_mask=torch.ones_like(ids),
+                     use_cache=False).logits[:, 1].float()
+    if (a - b).abs().max() > a.abs().max() * (1e-4 if model.dtype == torch.float32 else 0.1):
+        raise UserError(f"{name} is no causal LM: what it says about a word depends on later words")
+    return model, tokenizer
 
 
 def make_episode(args: Args) -> Episode:
@@ -683,6 +705,8 @@ def make_agent(args: Args) -> Agent:
         return RandomAgent()
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
     llm = Agent(model, tokenizer, args.norm, args.max_prompts)
+    with torch.no_grad():  # what this LM cannot do is found out before a folder is made
+        llm.log_policy(*map(list, zip(Episode.state.fget(episode))))
     return SayCan(llm, n_inputs, n_actions) if args.method == "saycan" else llm
 
 
@@ -735,7 +759,10 @@ def train(args: Args, run: Path):
     if not team.is_main_process:  # it does what the first process does, but nobody sees it
         sys.stdout, elsewhere = open(os.devnull, "w"), tempfile.TemporaryDirectory()
         run = Path(elsewhere.name)
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {run}: {error.strerror}") from error
     write_json(run / "config.json", asdict(args))
     if args.method in ("zero-shot", "random"):  # nothing to train
         before = evaluate(agent, args, EVALUATION_EPISODES)
@@ -757,6 +784,10 @@ def train(args: Args, run: Path):
 
     if (old / "checkpoint.safetensors").exists():
         progress = load_checkpoint(old, agent, optimizers)
+        saved = progress.get("args", {}).items()
+        if changed := [name for name, x in saved if x != getattr(args, name, x)]:
+            raise UserError(f"{old}/config.json and the checkpoint do not have the same "
+                            f"{', '.join(changed)}; mend it, or start again with another --out")
         done, seconds, before = progress["update"], progress["seconds"], progress["before"]
         version, internal, gauss = progress["rng"]
         rng.setstate((version, tuple(internal), gauss))
@@ -764,16 +795,23 @@ def train(args: Args, run: Path):
         for episode, state in zip(playing, states):
             episode.obs, episode.info = episode.env.set_state(state["env"])
             episode.ret, episode.length = state["ret"], state["length"]
-        with open(old / "metrics.csv", newline="") as file:  # rows after the checkpoint come anew
-            rows = list(csv.DictReader(file))[:done]
-        if [row.get("update") for row in rows] != [str(i + 1) for i in range(done)]:
-            raise UserError(f"{run}/metrics.csv is damaged; start again with another --out")
+        try:
+            with open(old / "metrics.csv", newline="") as file:
+                lines = [line for line in file if line.endswith("\n")]  # a kill may cut the last
+            rows = list(csv.DictReader(lines))[:done]  # those after the checkpoint come anew
+        except (OSError, ValueError, csv.Error):
+            rows = []
+        whole = all(list(row) == METRICS and None not in row.values() for row in rows)
+        if not whole or [row["update"] for row in rows] != [str(i + 1) for i in range(done)]:
+            raise UserError(f"{old}/metrics.csv is missing or damaged; start again with another "
+                            "--out")
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES)
         print("before training:", describe(before))
 
     def state_of_run() -> dict:
         return {"update": done, "seconds": seconds, "before": before, "rng": rng.getstate(),
+                "args": asdict(args),
                 "playing": gather_object([{"ret": e.ret, "length": e.length,
                                            "env": e.env.get_state()} for e in playing])}
 
@@ -799,17 +837,21 @@ def train(args: Args, run: Path):
             left = 1 - done / n_updates  # learning rates fall linearly to 0
             for name, optimizer in optimizers.items():
                 optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * left
-            rollout = collect(agent, playing, args, rng)
             log = dict.fromkeys(METRICS, "")
-            if args.method == "saycan":
-                log |= update_affordance(agent, optimizers["value"], rollout, args, rng)
-            else:
-                if done >= args.critic_warmup:
-                    log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
-                log |= update_value(agent, optimizers["value"], rollout, args, rng)
-            if not np.isfinite([x for x in log.values() if x != ""]).all():
-                raise UserError(f"update {done + 1} gave a loss that is not finite; the last "
-                                "checkpoint is kept; start anew with lower learning rates")
+            try:
+                rollout = collect(agent, playing, args, rng)
+                if args.method == "saycan":
+                    log |= update_affordance(agent, optimizers["value"], rollout, args, rng)
+                else:
+                    if done >= args.critic_warmup:
+                        log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
+                    log |= update_value(agent, optimizers["value"], rollout, args, rng)
+                if not (np.isfinite([x for x in log.values() if x != ""]).all() and all(
+                        p.isfinite().all() for p in trained_parameters(agent).values())):
+                    raise UserError("a loss or a weight is not finite; try lower learning rates")
+            except UserError as error:
+                raise UserError(f"stopped at update {done + 1}: {error} (the last checkpoint is "
+                                "kept)") from error
             done += 1
             took = time.perf_counter() - started
             seconds += took
@@ -1020,16 +1062,18 @@ def write_summary(args: Args, run: Path, env_steps: int, seconds: float, before,
 
 def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
     """Return the trained agent of a finished run; flags that were given override its own."""
-    args = finish(read_config(run) | given)
-    if not (run / "summary.json").exists():
-        raise UserError(f"{run} has not ended; end it with --resume {run}")
+    config = read_config(run)
     if useless := set(given) - {"task", "seed", "device", "dtype", "max_prompts"}:
         raise UserError(f"--evaluate has no use for {', '.join(map(flag, sorted(useless)))}")
+    if not (run / "summary.json").exists():
+        raise UserError(f"{run} has not ended; end it with --resume {run}")
+    args = finish(config | given)
     agent, unknown = make_agent(args), ()
     try:
         if args.method == "twosome":
             adapter = load_file(run / "adapter" / "adapter_model.safetensors")
-            unknown = set_peft_model_state_dict(agent.model, adapter).unexpected_keys
+            fit = set_peft_model_state_dict(agent.model, adapter)
+            unknown = [*fit.unexpected_keys, *(key for key in fit.missing_keys if "lora_" in key)]
         elif args.method == "ppo":
             agent.model.load_state_dict(load_file(run / "actor.safetensors"))
         if args.method in ("twosome", "ppo", "saycan"):
@@ -1166,6 +1210,10 @@ def finish(given: dict) -> Args:
     """Fill in what was not given or depends on other arguments; refuse what cannot work."""
     own = OWN_KNOBS.get(given.get("env", Args.env), {}) | OWN_KNOBS.get(given.get("method"), {})
     args = Args(**(own | given))
+    for f in fields(Args):
+        choices, value = f.metadata["choices"], getattr(args, f.name)
+        if choices and value not in choices:
+            raise UserError(f"{flag(f.name)} {value}: choose one of {', '.join(choices)}")
     tasks = list(ENVS[args.env].TASKS)
     args.task = args.task or tasks[0]
     if args.task not in tasks:
@@ -1174,6 +1222,8 @@ def finish(given: dict) -> Args:
     for name in ("steps", "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts"):
         if getattr(args, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1")
+    if args.critic_warmup < 0 or not -2**63 <= args.seed < 2**63:
+        raise UserError("--critic-warmup must be at least 0, and --seed a number of 64 bits")
     for f in fields(Args):
         if f.type is float and not 0 <= getattr(args, f.name) < float("inf"):
             raise UserError(f"{flag(f.name)} must be a number, 0 or larger")
@@ -1187,8 +1237,10 @@ def finish(given: dict) -> Args:
 def read_config(run: Path) -> dict:
     try:
         config = asdict(finish(json.loads((run / "config.json").read_text())))
-        if not all(isinstance(config[f.name], f.type) for f in fields(Args)):
+        if not all(type(config[f.name]) is f.type for f in fields(Args)):
             raise ValueError
+    except UserError as error:
+        raise UserError(f"{run}/config.json: {error}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{run} is not a run's folder: no readable config.json of ours") from error
     return config
@@ -1233,7 +1285,9 @@ def main(argv=None):
         name, *(f"{name}-{again}" for again in range(2, 1000)))) if not path.exists())
     team = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     (run,) = broadcast_object_list([run])  # the first process has chosen the name
-    if run.exists() and team.is_main_process:
+    # A kill before config.json was written leaves an empty folder; or config.tmp, half of it.
+    free = not run.exists() or run.is_dir() and {x.name for x in run.iterdir()} <= {"config.tmp"}
+    if not free and team.is_main_process:
         raise UserError(f"{run} exists already; choose another --out, or --resume {run}")
     return train(args, run)
 
@@ -1249,5 +1303,10 @@ if __name__ == "__main__":
         print("twosome.py: stopped; what was saved last is kept", file=sys.stderr)
         raise SystemExit(130) from None
     except (OSError, SafetensorError) as error:  # disk full, folder not writable, ...
-        print(f"twosome.py: {error}", file=sys.stderr)
+        print(f"twosome.py: {error}; what was saved last is kept, and --resume goes on from it",
+              file=sys.stderr)
+        raise SystemExit(1) from None
+    except (torch.OutOfMemoryError, MemoryError):
+        print("twosome.py: out of memory; lower --max-prompts, or take --dtype bfloat16 or a "
+              "smaller model", file=sys.stderr)
         raise SystemExit(1) from None

@@ -1,8 +1,14 @@
-"""Draw learning curves: python experiments/plot.py RUN [RUN ...] [--out curves.png]
+"""Draw learning curves, or what training changed.
+
+    python experiments/plot.py RUN [RUN ...] [--out curves.png]
+    python experiments/plot.py --states RUN [--out states.png]    # a TWOSOME run of tomato-salad
 
 A RUN is a folder that twosome.py left. Runs whose names differ only in the seed become one line,
 the mean, with a band from the lowest to the highest. Dotted lines: the best possible, and uniformly
 random choice among the offered actions. Needs matplotlib, which requirements.txt leaves out.
+
+--states shows the six decisions that the shortest way to a tomato salad takes, and how probable each
+action is there before training (adapter off) and after.
 
 reproduce.py draws its figures with the functions of this file.
 """
@@ -17,6 +23,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+
+import twosome  # noqa: E402
 from twosome import OPTIMUM  # noqa: E402
 
 # Exact values of uniformly random choice, by dynamic programming over all states.
@@ -127,11 +136,58 @@ def bars(groups: dict[str, dict[str, list[float]]], path: Path, ylabel: str, lin
     plt.close(figure)
 
 
+TOMATO_SALAD = [0, 2, 4, 0, 1, 3]  # fetch the tomato, to the board, chop, take, to the bowl, serve
+
+
+@torch.no_grad()
+def decisive_states(run: Path, path: Path):
+    """The policy in the six states of the shortest way, adapter off and on."""
+    args, agent = twosome.load_run(run, {"device": "cpu"})
+    if (args.task, args.method) != ("tomato-salad", "twosome"):
+        raise twosome.UserError(f"{run} is no TWOSOME run of tomato-salad")
+    plt = pyplot()
+    figure, axes = plt.subplots(3, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    episode = twosome.make_episode(args)
+    for number, (axis, best) in enumerate(zip(axes.flat, TOMATO_SALAD), start=1):
+        prompt, phrases = episode.state
+        (after,) = agent.log_policy([prompt], [phrases])
+        with agent.model.disable_adapter():
+            (before,) = agent.log_policy([prompt], [phrases])
+        rows = np.arange(len(phrases))
+        axis.barh(rows - 0.2, before.exp(), 0.38, color="#E69F00", label="before training",
+                  hatch="///", edgecolor="white")
+        axis.barh(rows + 0.2, after.exp(), 0.38, color="#0072B2", label="after training")
+        axis.set_yticks(rows, phrases, fontsize=7)
+        axis.get_yticklabels()[best].set_fontweight("bold")
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.grid(axis="y", visible=False)
+        axis.set_title(f"{number}. {episode.obs.partition('. ')[0]}.", fontsize=8, loc="left")
+        episode.act(best)
+    for axis in axes[-1]:
+        axis.set_xlabel("probability")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser.add_argument("runs", nargs="*", metavar="RUN", type=Path)
+    parser.add_argument("--states", metavar="RUN", type=Path, help="draw what training changed")
+    parser.add_argument("--out", type=Path, help="the picture (default: curves.png, states.png)")
     given = parser.parse_args()
+    given.out = given.out or Path("states.png" if given.states else "curves.png")
+    pyplot()  # first of all: without matplotlib there is nothing to do
+    if given.states:
+        try:
+            decisive_states(given.states, given.out)
+        except twosome.UserError as error:
+            raise SystemExit(f"plot.py: {error}") from None
+        return print(f"wrote {given.out}")
+    if not given.runs:
+        parser.error("name at least one run's folder")
     panels = {}
     for run in given.runs:
         try:

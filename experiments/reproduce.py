@@ -25,10 +25,8 @@ import contextlib
 import csv
 import functools
 import json
-import math
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import sys
@@ -44,9 +42,11 @@ SCRATCH = ROOT / "runs" / "reproduce"
 TASKS = ["tomato-salad", "tomato-lettuce-salad", "food-preparation", "entertainment"]
 UNSEEN = ["cheese", "hamburger", "apple-pie", "pizza", "washing-plate", "laundry"]
 HOUSEHOLD = ["food-preparation", "entertainment", *UNSEEN]
+TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 15_360,
+              "food-preparation": 5_120, "entertainment": 20_480}  # TWOSOME's own
 SEEDS = {"quick": [11], "full": [11, 12, 13, 14, 15]}  # nothing was chosen by looking at these
-COST = {"tomato-salad": 30, "tomato-lettuce-salad": 300, "food-preparation": 30,
-        "entertainment": 300}  # seconds of a TWOSOME run on one core, for the time that is left
+COST = {"tomato-salad": 15, "tomato-lettuce-salad": 170, "food-preparation": 20,
+        "entertainment": 200}  # seconds of a TWOSOME run on one core, for the time that is left
 
 MEASURES = ["before_success", "before_return", "success", "return", "length", "steps_to_90",
             "perplexity_before", "perplexity", "cloze_before", "cloze",
@@ -76,8 +76,9 @@ def jobs(mode: str, lm: str) -> list[dict]:
         for task in TASKS if mode == "full" else ["tomato-salad", "food-preparation"]:
             add("E1", task, "random", seed, cost=5, method="random")
             add("E1", task, "zero-shot", seed, cost=5, method="zero-shot")
-            add("E1", task, "ppo", seed, cost=15, method="ppo")
-            add("E1", task, "saycan", seed, cost=15, method="saycan")
+            twice = 2 * TASK_STEPS[task]  # what the baselines get, to see when PPO gets there
+            add("E1", task, "ppo", seed, cost=15, method="ppo", steps=twice)
+            add("E1", task, "saycan", seed, cost=15, method="saycan", steps=twice)
             for norm in ("word", "token", "none"):
                 add("E1", task, norm, seed, norm=norm)
         for task in UNSEEN:
@@ -148,56 +149,9 @@ def changed(change: str | None):
 # --- one job --------------------------------------------------------------------------------------
 
 @functools.cache
-def held_out() -> list[str]:
-    """What make_pocket_lm.py kept from pocket_lm, without texts that happen to be in both parts."""
-    import make_pocket_lm
-    texts = make_pocket_lm.write_corpus()
-    read = set(texts[:-1000])
-    return [text for text in texts[-1000:] if text not in read]
-
-
-@functools.cache
-def cloze() -> tuple[list[str], list[list[str]]]:
-    """200 times a text whose last sentence is cut in the middle, and four endings, the true one
-    first; the others are the endings of other texts. Chance is right in one of four."""
-    rng, halves = random.Random(0), []
-    for text in held_out():
-        *_, last = re.split(r"(?<=[.!?]) ", text)
-        n = len(last.split()) // 2
-        words = text.split(" ")
-        if n >= 2:
-            halves.append((" ".join(words[:-n]), " ".join(words[-n:])))
-    halves = rng.sample(halves, 200)
-    others = [[x for x in rng.sample(sorted({ending for _, ending in halves}), 4) if x != true][:3]
-              for _, true in halves]
-    return ([beginning for beginning, _ in halves],
-            [[true, *wrong] for (_, true), wrong in zip(halves, others)])
-
-
-def language(model, tokenizer) -> tuple[float, float]:
-    """(perplexity, accuracy) on text that pocket_lm never read."""
-    import torch
-    import twosome
-
-    nats = n = right = 0
-    prompts, endings = cloze()
-    with torch.no_grad():
-        for i in range(0, len(held_out()), 32):
-            batch = tokenizer(held_out()[i:i + 32], return_tensors="pt", padding=True)
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            predicted = (labels[:, 1:] != -100).sum().item()
-            nats += model(**batch, labels=labels).loss.item() * predicted
-            n += predicted
-        for i in range(0, len(prompts), 25):
-            scores = twosome.normalize(*twosome.action_log_probs(
-                model, tokenizer, prompts[i:i + 25], endings[i:i + 25]), None, "token")
-            right += sum(int(score.argmax()) == 0 for score in scores)
-    return math.exp(nats / n), right / len(prompts)
-
-
-@functools.cache
 def language_before(model_name: str) -> tuple[float, float]:
     import twosome
+    from language import language
     return language(*twosome.load_lm(model_name, "cpu", "float32"))
 
 
@@ -221,6 +175,7 @@ def run_job(job: dict):
     the reason why it cannot run, and None."""
     import torch
     import twosome
+    from language import language
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -439,6 +394,7 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
                  1),
           spread(numbers(r, "cloze_before"), 3), spread(numbers(r, "cloze"), 3)]
          for task, label in trained if (r := pick(task, label))]))
+    from language import held_out
     out.append(f"{len(held_out())} texts of make_pocket_lm.py that pocket_lm was not trained on; "
                "200 of them cut in the middle of the last sentence for the choice of the ending "
                "(by log-probability per token; chance is 0.25).\n")
