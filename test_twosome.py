@@ -9,6 +9,7 @@ actor-critic, PPO, runs, command line.
 import ast
 import copy
 import csv
+import dataclasses
 import doctest
 import functools
 import itertools
@@ -1162,6 +1163,33 @@ def test_readme_command():
     assert len(metrics(Path("run"))) == 1
 
 
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_readme_commands_are_understood():
+    """Otherwise the README would teach flags or files that do not exist."""
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"python (\S+\.py)([^`\n#|;&]*)", "\n".join(readme_blocks("bash")))
+    commands += re.findall(r"`python (\S+\.py)([^`]*)`", text.replace("\\|", "|"))
+    assert len(commands) > 10
+    for script, flags in commands:
+        assert (ROOT / script).is_file(), script
+        if script == "twosome.py" and "--help" not in flags and not set(flags) & set("[|."):
+            twosome.parse(flags.split())
+
+
+def test_readme_environment(monkeypatch, capsys):
+    """Otherwise the thirty lines that a teacher copies would not run."""
+    monkeypatch.setattr(twosome, "ENVS", dict(twosome.ENVS))
+    field = next(f for f in dataclasses.fields(Args) if f.name == "env")
+    monkeypatch.setattr(field, "metadata", {**field.metadata, "choices": twosome.ENVS})
+    monkeypatch.setattr(twosome, "OPTIMUM", dict(twosome.OPTIMUM))
+    (code,) = readme_blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert json.loads(Path("runs/lamp/summary.json").read_text())["after"]["success"] > 0.9
+
+
 def fails(capsys, *argv) -> str:
     """Run the command line; it must say one line on stderr and exit with an error."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
@@ -1180,7 +1208,18 @@ def fails(capsys, *argv) -> str:
     ("--steps -1", "--steps"), ("--minibatches 0", "--minibatches"), ("--gamma 2", "--gamma"),
     ("--policy-lr nan", "--policy-lr"), ("--policy-lr -1", "--policy-lr"),
     ("--device cuda", "CUDA"),
-    ("--n-envs 1 --rollout-steps 1", "--minibatches"), ("--out .", "--out"),
+    ("--n-envs 1 --rollout-steps 1", "--minibatches"), ("--out /dev/null", "exists already"),
+    ("--out /dev/null/run", "/dev/null/run"), ("--env overcoked", "overcooked"), ("--env", "--env"),
+    ("--method two-some", "saycan"), ("--device gpu", "cuda"), ("--device mps", "MPS"),
+    ("--dtype float16", "bfloat16"), ("--steps 1e5", "--steps"), ("--n-envs 0", "--n-envs"),
+    ("--rollout-steps -3", "--rollout-steps"), ("--max-prompts 0", "--max-prompts"),
+    ("--gamma nan", "--gamma"), ("--ent-coef inf", "--ent-coef"), ("--clip-coef -0.1", "--clip"),
+    ("--critic-warmup -1", "--critic-warmup"), ("--seed 99999999999999999999", "--seed"),
+    ("--n_envs 4", "--n-envs"), ("overcooked", "--help"), ("--model owner/na|me", "owner/na|me"),
+    ("--resume a --evaluate b", "--resume"), ("--resume /dev/null", "no readable config.json"),
+    ("--episodes 0", "--evaluate"), ("--evaluate nowhere --episodes many", "--episodes"),
+    ("--pace 1", "--watch"), ("--watch --pace nan", "--pace"), ("--watch nowhere", "nowhere"),
+    ("--watch --method ppo", "trained first"),
     ("--model no/such/folder", "no/such/folder"), ("--model nothing", "nothing"),
     ("--model nobody/nothing", "nobody/nothing"), ("--model .", "config.json"),
     ("--model nothing --method zero-shot", "nothing"), ("--resume nowhere", "nowhere"),
@@ -1191,6 +1230,7 @@ def test_mistakes_get_one_line(capsys, monkeypatch, argv, hint):
     something else than was meant. Nothing may be left behind: the corrected command must not
     find a folder that exists already."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert hint in fails(capsys, *argv.split())
     assert not list(Path.cwd().iterdir())
 

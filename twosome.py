@@ -77,7 +77,7 @@ def knob(default, help, choices=None):
 
 @dataclass
 class Args:
-    env: str = knob("overcooked", "the environment", tuple(ENVS))
+    env: str = knob("overcooked", "the environment", ENVS)
     task: str = knob("", "a task of the environment; without it, its first one")
     method: str = knob("twosome", "twosome, or one of the baselines of section 6",
                        ("twosome", "ppo", "saycan", "zero-shot", "random"))
@@ -1064,7 +1064,8 @@ def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
     """Return the trained agent of a finished run; flags that were given override its own."""
     config = read_config(run)
     if useless := set(given) - {"task", "seed", "device", "dtype", "max_prompts"}:
-        raise UserError(f"--evaluate has no use for {', '.join(map(flag, sorted(useless)))}")
+        raise UserError(f"a trained agent keeps its flags; leave out "
+                        f"{', '.join(map(flag, sorted(useless)))}")
     if not (run / "summary.json").exists():
         raise UserError(f"{run} has not ended; end it with --resume {run}")
     args = finish(config | given)
@@ -1252,6 +1253,8 @@ def main(argv=None):
         raise UserError("--episodes belongs to --evaluate RUN and must be at least 1")
     if ("tokens" in mode or "pace" in mode) and "watch" not in mode:
         raise UserError("--tokens and --pace belong to --watch")
+    if not 0 <= mode.get("pace", 0) <= 3600:
+        raise UserError("--pace is a number of seconds, 0 to 3600")
     if "resume" in mode:
         run = Path(mode["resume"])
         config = read_config(run)

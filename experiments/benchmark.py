@@ -237,9 +237,9 @@ def scoring(agent, states, ways, repeats: int) -> tuple[dict, float]:
     return seconds, max((p - probabilities[-1]).abs().max().item() for p in probabilities)
 
 
-def peak_memory() -> int:
-    """The most bytes so far, of the GPU if it is in use, else of this process."""
-    if torch.cuda.is_initialized():
+def peak_memory(device) -> int:
+    """The most bytes so far: of torch on the GPU, or of this whole process."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     from resource import RUSAGE_SELF, getrusage  # not on Windows
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -247,11 +247,12 @@ def peak_memory() -> int:
 
 def memory(way: str, agent, args) -> tuple[int, int]:
     """Bytes: as soon as the model is there, and at the peak of an iteration."""
-    if torch.cuda.is_initialized():
+    device = agent.model.device
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    loaded = peak_memory()
+    loaded = peak_memory(device)
     iteration(way, agent, args)
-    return loaded, peak_memory()
+    return loaded, peak_memory(device)
 
 
 def memory_alone(way: str, task: str, options) -> tuple[int, int]:

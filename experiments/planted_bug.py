@@ -1,0 +1,49 @@
+"""An exercise: one of these three functions is wrong, and nothing crashes.
+
+    python experiments/planted_bug.py        # trains on food-preparation into runs/planted-bug
+
+Somebody found twosome.py too slow to read and wrote three of its functions anew. Training runs, the
+losses look like losses, and yet something is wrong. Find out which function it is: first from the
+log alone, then by a test of your own on numbers that you can compute by hand. It is mended when
+metrics.csv (the time columns aside) is that of a sound run with the same flags:
+
+    python twosome.py --env virtualhome --out runs/sound
+    cut -d, -f1-12 runs/sound/metrics.csv | cmp - <(cut -d, -f1-12 runs/planted-bug/metrics.csv)
+"""
+
+import bisect
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import twosome  # noqa: E402
+
+
+def normalize(log_probs, n_tokens, n_words, norm):
+    """log P(a | s), divided by the number of words or tokens, or not at all."""
+    divisors = {"word": n_words, "token": n_tokens, "none": [torch.ones(1)] * len(log_probs)}
+    return [log_prob / n.to(log_prob.device) for log_prob, n in zip(log_probs, divisors[norm])]
+
+
+def gae(reward, discount, value, next_value, done, gae_lambda):
+    """A_t = delta_t + gamma^k_t lambda A_{t+1}, all of shape (T, N)."""
+    following_value = torch.cat([value[1:], next_value[-1:]])
+    delta = reward + discount * following_value - value
+    advantage = delta.clone()
+    for t in reversed(range(len(reward) - 1)):
+        advantage[t] += discount[t] * gae_lambda * (1 - done[t]) * advantage[t + 1]
+    return advantage
+
+
+def sample(log_policy, u):
+    """The first action at which the summed-up probability exceeds u."""
+    cumulative = list(itertools.accumulate(log_policy.exp().tolist()))
+    return bisect.bisect(cumulative[:-1], u * cumulative[-1])
+
+
+if __name__ == "__main__":
+    twosome.normalize, twosome.gae, twosome.sample = normalize, gae, sample
+    twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug"])
