@@ -30,6 +30,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -37,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import overcooked_text
 import twosome
 import virtualhome_text
-from experiments import language, reproduce
+from experiments import language, plot, reproduce
 from overcooked_text import OvercookedText
 from pocket_lm import make_pocket_lm
 from twosome import Agent, Args, Episode, UserError, action_log_probs, encode
@@ -464,7 +466,8 @@ PACKABLE = [family for family in FAMILIES if family not in UNPACKABLE]
 
 def tiny(family: str, **options):
     """A small random LM. Its weights are large, so that what a token looks at matters."""
-    config = AutoConfig.for_model(family.split(",")[0], **SHAPE | FAMILIES[family] | options)
+    options = SHAPE | FAMILIES.get(family, {}) | options
+    config = AutoConfig.for_model(family.split(",")[0], **options)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -836,27 +839,32 @@ def test_same_seed_same_run(finished, monkeypatch):
     assert metrics(Path("other")) != metrics(finished)
 
 
-@pytest.mark.parametrize("how, at_update", [("Ctrl-C", 2), ("crash", 1), ("crash", 4)])
-def test_resumed_run_equals_uninterrupted_run(finished, monkeypatch, how, at_update):
+@pytest.mark.parametrize("how, function, call, rows", [
+    ("Ctrl-C", "collect", 2, 2), ("Ctrl-C", "update_policy", 3, 3), ("crash", "collect", 1, 0),
+    ("crash", "collect", 4, 3), ("crash", "save_file", 2, 4), ("crash", "save_file", 4, 4)])
+def test_resumed_run_equals_uninterrupted_run(finished, monkeypatch, how, function, call, rows):
     """Otherwise an interruption would change the result: something was not saved. Checkpoints come
     after updates 2 and 4: after the crash in update 4 the third one is done again, and its row
-    must not be doubled; after the one in update 1 all begins anew."""
+    must not be doubled; after the one in update 1 all begins anew. A second Ctrl-C may come while
+    a checkpoint or (the fourth file) the critic is being written."""
     monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 4)
     monkeypatch.setattr(twosome, "CHECKPOINT_EVERY", 2)
-    collect, count = twosome.collect, itertools.count(1)
+    original, count = getattr(twosome, function), itertools.count(1)
 
-    def interrupted(*args):
-        if next(count) == at_update:
+    def interrupted(*args, **options):
+        if next(count) == call:
+            if function == "save_file":
+                Path(args[1]).write_bytes(b"half a file")
             if how == "crash":
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGINT)
-        return collect(*args)
+        return original(*args, **options)
 
-    monkeypatch.setattr(twosome, "collect", interrupted)
+    monkeypatch.setattr(twosome, function, interrupted)
     with pytest.raises(KeyboardInterrupt if how == "crash" else UserError):
         twosome.main([*TINY_RUN, "--out", "run"])
-    monkeypatch.setattr(twosome, "collect", collect)
-    assert len(metrics(Path("run"))) == (at_update - 1 if how == "crash" else at_update)
+    monkeypatch.setattr(twosome, function, original)
+    assert len(metrics(Path("run"))) == rows
     twosome.main(["--resume", "run"])
     assert same_run(Path("run"), finished)
 
@@ -1151,6 +1159,33 @@ def test_perplexity_by_hand():
     assert perplexity == pytest.approx(math.exp(nats / n), rel=1e-5) and accuracy == 1
 
 
+def test_plots(finished, monkeypatch, capsys):
+    """Otherwise a course would have numbers and no pictures."""
+    pytest.importorskip("matplotlib")
+    other = Path("tomato-salad-word-seed2")
+    shutil.copytree(finished, other)
+    for argv, picture in (([finished, other], "curves.png"),
+                          (["--states", finished, "--out", "x.png"], "x.png")):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
+        plot.main()
+        assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    steps, success = plot.smooth([{"env_steps": "8", "episodes": "30", "success": "0.5"},
+                                  {"env_steps": "16", "episodes": "0", "success": ""},
+                                  {"env_steps": "24", "episodes": "30", "success": "1.0"}],
+                                 "success", episodes=50)
+    assert steps.tolist() == [8, 24] and success.tolist() == [0.5, 0.75]
+    monkeypatch.setattr(sys, "argv", ["plot.py", "nowhere"])
+    with pytest.raises(SystemExit, match="nowhere is not a run's folder"):
+        plot.main()
+
+
+def test_missing_matplotlib_is_one_line(monkeypatch):
+    """Otherwise a package that is optional would end in a traceback."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        plot.pyplot()
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 def test_readme_command():
@@ -1248,6 +1283,23 @@ def cut(path: Path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
+def put(**changes):
+    """Edits config.json."""
+    def how(run):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | changes))
+    return how
+
+
+def rename_weights(old: str, new: str | None):
+    """In the adapter; None: they are lost."""
+    def how(run):
+        path = run / "adapter" / "adapter_model.safetensors"
+        save_file({name.replace(old, new or ""): x for name, x in load_file(path).items()
+                   if new or old not in name}, path)
+    return how
+
+
 DAMAGE = {  # what happened to the folder -> (how, the mode that meets it)
     "config cut": (lambda run: (run / "config.json").write_text("{"), "--evaluate"),
     "config a list": (lambda run: (run / "config.json").write_text("[]"), "--resume"),
@@ -1255,25 +1307,53 @@ DAMAGE = {  # what happened to the folder -> (how, the mode that meets it)
                              "--evaluate"),
     "config of wrong type": (lambda run: (run / "config.json").write_text('{"steps": "many"}'),
                              "--resume"),
+    "config without numbers": (put(policy_lr=None), "--resume"),
+    "config with too large a seed": (put(seed=10**30), "--resume"),
+    "config of another norm": (put(norm="letters"), "--evaluate"),
+    "config of no method": (put(method="magic"), "--evaluate"),
+    "config of no device": (put(device="tpu"), "--resume"),
+    "config of no precision": (put(dtype="half"), "--evaluate"),
+    "config of another environment": (put(env="virtualhome"), "--resume"),
+    "config changed since": (put(n_envs=8), "--resume"),
+    "config of a lost model": (put(model="lost/for/good"), "--resume"),
+    "adapter of a smaller model": (rename_weights("layers.1", None), "--evaluate"),
+    "adapter of another model": (rename_weights("q_proj", "c_attn"), "--evaluate"),
     "critic cut": (lambda run: cut(run / "critic.safetensors"), "--evaluate"),
     "adapter cut": (lambda run: cut(run / "adapter" / "adapter_model.safetensors"), "--evaluate"),
     "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "--evaluate"),
     "checkpoint cut": (lambda run: cut(run / "checkpoint.safetensors"), "--resume"),
     "checkpoint empty": (lambda run: (run / "checkpoint.safetensors").write_bytes(b""), "--resume"),
+    "log cut": (lambda run: (run / "metrics.csv").write_bytes(
+        (run / "metrics.csv").read_bytes()[:-3]), "--resume"),
+    "log in no code": (lambda run: (run / "metrics.csv").write_bytes(b"\xff\xfe\0"), "--resume"),
     "another log": (lambda run: (run / "metrics.csv").write_text("not,ours\n1,2\n"), "--resume"),
     "no log": (lambda run: (run / "metrics.csv").unlink(), "--resume")}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_corrupt_run_folder(finished, capsys, damage):
-    """Otherwise half an agent would be evaluated or trained on, or a traceback shown."""
+    """Otherwise half an agent would be evaluated or trained on, a traceback shown, or what is
+    still whole be lost."""
     run = Path("run")
     shutil.copytree(finished, run)
     how, mode = DAMAGE[damage]
     how(run)
     if mode == "--resume":
         (run / "summary.json").unlink()  # as if it had been interrupted
-    assert "run" in fails(capsys, mode, run)
+    files = {path: path.read_bytes() for path in run.rglob("*.*s*v*")}  # .csv, .safetensors
+    error = fails(capsys, mode, run)
+    assert "run" in error or "lost/for/good" in error
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
+def test_foreign_folder(capsys, mode):
+    """Otherwise a slip of the hand would write into a folder that is no run."""
+    shutil.copytree(ROOT / "pocket_lm", "folder")  # it has a config.json, too
+    Path("empty").mkdir()
+    names = sorted(os.listdir("folder"))
+    assert all("no readable config.json" in fails(capsys, mode, x) for x in ("folder", "empty"))
+    assert sorted(os.listdir("folder")) == names and not os.listdir("empty")
 
 
 def test_resume_keeps_its_flags(finished, capsys):
@@ -1286,6 +1366,87 @@ def test_resume_keeps_its_flags(finished, capsys):
     assert "exists already" in fails(capsys, "--out", "run")
     assert "--episodes" in fails(capsys, "--evaluate", "run", "--episodes", 0)
     assert "--norm" in fails(capsys, "--evaluate", finished, "--norm", "token")
+    assert "overcooked has" in fails(capsys, "--evaluate", finished, "--task", "entertainment")
+    assert "--env" in fails(capsys, "--evaluate", finished, "--env", "virtualhome")
+
+
+def save_lm(folder: str, model=None, tokenizer=None):
+    (model or tiny("llama")).save_pretrained(folder)
+    (tokenizer or make_tokenizer("byte-level")).save_pretrained(folder)
+
+
+def across_words():
+    bpe = Tokenizer(models.BPE())
+    bpe.train_from_iterator(["your next step is to pick up the tomato"] * 9, BpeTrainer(
+        vocab_size=200, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def change_weights(change):
+    """A change of the file model.safetensors of a good model."""
+    def make(folder):
+        save_lm(folder)
+        tensors = load_file(f"{folder}/model.safetensors")
+        change(tensors)
+        save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+    return make
+
+
+def change_file(name, change):
+    """change: a function of the path, or the new content."""
+    def make(folder):
+        save_lm(folder)
+        path = Path(folder, name)
+        path.write_text(change) if isinstance(change, str) else change(path)
+    return make
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+BAD_MODELS = {  # what is wrong -> (how to make it, a word of the message)
+    "empty folder": (os.mkdir, "config.json"),
+    "no tokenizer": (lambda folder: tiny("llama").save_pretrained(folder), "tokenizer"),
+    "tokenizer cut": (change_file("tokenizer.json", cut), "cannot load"),
+    "tokenizer nonsense": (change_file("tokenizer.json", "{}"), "cannot load"),
+    "slow tokenizer": (lambda folder: (tiny("llama").save_pretrained(folder), Path(
+        folder, "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')),
+        "character offsets"),
+    "tokenizer of another model": (lambda f: save_lm(f, tiny("llama", vocab_size=99)), "together"),
+    "tokens across words": (lambda f: save_lm(f, tokenizer=across_words()), "one token"),
+    "short context": (lambda f: save_lm(f, tiny("llama", max_position_embeddings=16)), "most 16"),
+    "encoder": (lambda f: save_lm(f, tiny("bert")), "no causal LM"),
+    "encoder and decoder": (change_file("config.json", '{"model_type": "t5"}'), "AutoModel"),
+    "unknown architecture": (change_file("config.json", '{"model_type": "xyz"}'), "xyz"),
+    "config cut": (change_file("config.json", cut), "JSON"),
+    "config a list": (change_file("config.json", "[]"), "cannot load"),
+    "weights cut": (change_file("model.safetensors", cut), "cannot load"),
+    "weights empty": (change_file("model.safetensors", ""), "cannot load"),
+    "weights gone": (change_file("model.safetensors", os.unlink), "cannot load"),
+    "a weight missing": (change_weights(lambda tensors: tensors.pop(NORM)), NORM),
+    "a weight of another size": (change_weights(
+        lambda tensors: tensors.update({NORM: torch.ones(7)})), NORM),
+    "a weight not a number": (change_weights(
+        lambda tensors: tensors[NORM].fill_(math.nan)), "not finite")}
+
+
+@pytest.mark.parametrize("bad", BAD_MODELS)
+def test_bad_model_folder(capsys, bad):
+    """Otherwise an LM that is not whole, cannot be asked for probabilities, or sees the words that
+    it is to predict, would play on and look merely stupid; or leave a folder in the way."""
+    make, hint = BAD_MODELS[bad]
+    make("lm")
+    capsys.readouterr()
+    assert hint in fails(capsys, "--model", "lm", "--out", "run")
+    assert os.listdir() == ["lm"]
+
+
+def test_tokenizer_without_special_tokens(monkeypatch):
+    """Otherwise many LMs could not be used: neither padding nor a beginning needs a token."""
+    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 2)
+    tokenizer = make_tokenizer("byte-level")
+    assert tokenizer.pad_token is None and tokenizer.bos_token is None
+    save_lm("lm", tokenizer=tokenizer)
+    twosome.main(["--model", "lm", "--out", "run", *TINY_RUN])
+    assert len(metrics(Path("run"))) == 4
 
 
 def test_numbers_that_are_not_finite():

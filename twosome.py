@@ -1064,8 +1064,8 @@ def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
     """Return the trained agent of a finished run; flags that were given override its own."""
     config = read_config(run)
     if useless := set(given) - {"task", "seed", "device", "dtype", "max_prompts"}:
-        raise UserError(f"a trained agent keeps its flags; leave out "
-                        f"{', '.join(map(flag, sorted(useless)))}")
+        raise UserError("a trained agent keeps its flags; leave out "
+                        + ", ".join(map(flag, sorted(useless))))
     if not (run / "summary.json").exists():
         raise UserError(f"{run} has not ended; end it with --resume {run}")
     args = finish(config | given)

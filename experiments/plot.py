@@ -154,9 +154,9 @@ def decisive_states(run: Path, path: Path):
         with agent.model.disable_adapter():
             (before,) = agent.log_policy([prompt], [phrases])
         rows = np.arange(len(phrases))
-        axis.barh(rows - 0.2, before.exp(), 0.38, color="#E69F00", label="before training",
+        axis.barh(rows - 0.2, before.exp().numpy(), 0.38, color="#E69F00", label="before training",
                   hatch="///", edgecolor="white")
-        axis.barh(rows + 0.2, after.exp(), 0.38, color="#0072B2", label="after training")
+        axis.barh(rows + 0.2, after.exp().numpy(), 0.38, color="#0072B2", label="after training")
         axis.set_yticks(rows, phrases, fontsize=7)
         axis.get_yticklabels()[best].set_fontweight("bold")
         axis.invert_yaxis()
