@@ -29,6 +29,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may use the network
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -869,6 +870,72 @@ def test_resumed_run_equals_uninterrupted_run(finished, monkeypatch, how, functi
     assert same_run(Path("run"), finished)
 
 
+KILLS = """
+import os, random, signal, sys, time, torch, twosome
+
+TINY_RUN = sys.argv[2:]
+torch.set_num_threads(int(sys.argv[1]))
+twosome.EVALUATION_EPISODES, twosome.CHECKPOINT_EVERY = 4, 2
+
+
+def attempt(operation=None, seconds=None):
+    'Start or resume the run in a process of its own, and kill that; return its exit status.'
+    pid = os.fork()
+    if pid == 0:
+        def watch(event, details):
+            if operation and f"{event} {details[0]}" == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
+        begun = os.path.exists("run/config.json")
+        twosome.main(["--resume", "run"] if begun else [*TINY_RUN, "--out", "run"])
+        os._exit(0)
+    if seconds:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+assert attempt("open run/config.tmp") and os.listdir("run") == []  # between mkdir and config.json
+started = time.time()
+assert attempt("os.rename run/config.tmp") and os.listdir("run") == ["config.tmp"]
+took, rng, kills = time.time() - started, random.Random(0), 2
+while kills < 6 and not os.path.exists("run/summary.json"):
+    kills += bool(attempt(seconds=took * rng.uniform(0.5, 3)))
+if not os.path.exists("run/summary.json"):  # ready, but before it says so
+    kills += bool(attempt("os.rename run/summary.tmp"))
+    assert attempt() == 0
+print(kills, "kills")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_run_equals_uninterrupted_run(finished):
+    """Otherwise a power cut, or a full memory, would change the result or leave a folder with which
+    one can neither go on nor begin again. The child processes are forked from one that has
+    imported everything: so a kill costs a second, and comes at any moment of the run itself."""
+    done = subprocess.run([sys.executable, "-c", KILLS, str(torch.get_num_threads()), *TINY_RUN],
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same_run(Path("run"), finished)
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    """Otherwise several GPUs would train something else than one."""
+    run = ["--steps", "144", "--rollout-steps", "6", "--device", "cpu"]
+    script = str(ROOT / "twosome.py")
+    twosome.main([*run, "--n-envs", "4", "--out", "one"])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                           script, *run, "--n-envs", "2", "--out", "two"], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for name in ("adapter/adapter_model.safetensors", "critic.safetensors"):
+        one, two = (load_file(Path(folder) / name) for folder in ("one", "two"))
+        assert equal(list(one.values()), list(two.values()), 1e-5)
+    assert [(row["env_steps"], row["episodes"], row["return"]) for row in metrics(Path("one"))] == [
+        (row["env_steps"], row["episodes"], row["return"]) for row in metrics(Path("two"))]
+    assert done.stdout.count("What was learned") == 1  # only the first process speaks
+
+
 def test_evaluate_loads_what_was_trained(finished, capsys):
     """Otherwise --evaluate would show another agent than the one that was trained."""
     args, agent = twosome.load_run(finished, {"device": "cpu"})
@@ -1225,12 +1292,16 @@ def test_readme_environment(monkeypatch, capsys):
     assert json.loads(Path("runs/lamp/summary.json").read_text())["after"]["success"] > 0.9
 
 
-def fails(capsys, *argv) -> str:
-    """Run the command line; it must say one line on stderr and exit with an error."""
+def fails(capsys, *argv, bar=False) -> str:
+    """Run the command line; it must say one line on stderr and exit with an error. bar: the line
+    comes below a progress bar."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", ["twosome.py", *map(str, argv)])
         runpy.run_path(str(ROOT / "twosome.py"), run_name="__main__")
     error = capsys.readouterr().err.strip()
+    if bar:
+        *above, error = error.splitlines()
+        assert all("%|" in line or not line.strip() for line in above)
     assert end.value.code not in (0, None)
     assert error.startswith("twosome.py: ") and "\n" not in error and "Traceback" not in error
     return error
@@ -1268,6 +1339,13 @@ def test_mistakes_get_one_line(capsys, monkeypatch, argv, hint):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert hint in fails(capsys, *argv.split())
     assert not list(Path.cwd().iterdir())
+
+
+def test_steps_0_is_the_tasks_own_number():
+    """Otherwise a script that passes the default on would get another run, or none."""
+    for task, steps in twosome.TASK_STEPS.items():
+        env = "overcooked" if task in OvercookedText.TASKS else "virtualhome"
+        assert twosome.finish({"env": env, "task": task, "steps": 0}).steps == steps
 
 
 def test_help_names_every_flag(capsys):
@@ -1449,6 +1527,74 @@ def test_tokenizer_without_special_tokens(monkeypatch):
     assert len(metrics(Path("run"))) == 4
 
 
+@pytest.mark.parametrize("full", ["at a checkpoint", "at the log"])
+def test_full_disk(capsys, monkeypatch, full):
+    """Otherwise hours of training would be lost to a full disk: the line must say so, and the run
+    must go on from its last checkpoint when there is room again."""
+    resource = pytest.importorskip("resource")  # a file may not become larger: a disk full for it
+    run = ["--method", "ppo", "--steps", "240", "--n-envs", "4", "--rollout-steps", "6"]
+    twosome.main([*run, "--out", "whole"])
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), safetensors.torch.save_file
+
+    def filling(tensors, path, **options):
+        if (path.parent / "checkpoint.safetensors").exists():  # the second one fails
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        save(tensors, path, **options)
+        if full == "at the log":
+            size = (path.parent / "metrics.csv").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1, limits[1]))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", filling)
+    try:
+        error = fails(capsys, *run, "--out", "run", bar=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    assert "too large" in error and "--resume" in error
+    twosome.main(["--resume", "run"])
+    assert metrics(Path("run")) == metrics(Path("whole")) and len(metrics(Path("run"))) == 10
+    assert Path("run/actor.safetensors").read_bytes() == Path(
+        "whole/actor.safetensors").read_bytes()
+
+
+def test_memory_is_short(capsys, monkeypatch):
+    """Otherwise the most frequent failure on a graphics card would be a page of traceback."""
+    def full(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.nn.functional, "log_softmax", full)
+    assert "--max-prompts" in fails(capsys, "--method", "ppo")
+
+
+@pytest.mark.parametrize("part, function", [
+    ("logits", "collect"), ("logits", "update_policy"), ("a weight", "update_value")])
+def test_numbers_that_break_during_training(finished, monkeypatch, part, function):
+    """Otherwise a run would go on with NaN, and its last good checkpoint would be overwritten: a
+    loss that is still finite says nothing about the weights after the step."""
+    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 4)
+    monkeypatch.setattr(twosome, "CHECKPOINT_EVERY", 1)
+    original, count = getattr(twosome, function), itertools.count(1)
+
+    def breaking(agent, *args):
+        third = next(count) == 3
+        if third and part == "logits":
+            agent.model.get_output_embeddings().register_forward_hook(lambda *x: x[-1] * math.nan)
+        result = original(agent, *args)
+        if third and part == "a weight":
+            agent.critic[0].weight.data[0, 0] = math.inf
+        return result
+
+    monkeypatch.setattr(twosome, function, breaking)
+    with pytest.raises(UserError, match="update 3: .*not finite"):
+        twosome.main([*TINY_RUN, "--out", "run"])
+    with safe_open("run/checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["progress"])["update"] == 2
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())
+    monkeypatch.setattr(twosome, function, original)
+    twosome.main(["--resume", "run"])
+    assert same_run(Path("run"), finished)
+
+
 def test_numbers_that_are_not_finite():
     """Otherwise a run with absurd rates would go on for hours with a broken LM and overwrite its
     last good checkpoint, and a broken model would be noticed only by its results."""
@@ -1471,17 +1617,51 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("kind", ["model", "adapter"])
+@pytest.mark.parametrize("kind", ["model", "adapter", "critic", "checkpoint"])
 def test_no_pickle_is_ever_loaded(finished, capsys, kind):
     """Otherwise a model or a run from a stranger could run a stranger's program."""
     shutil.copytree(ROOT / "pocket_lm" if kind == "model" else finished, "folder")
-    weights = Path("folder") if kind == "model" else Path("folder/adapter")
-    for file in weights.glob("*.safetensors"):
-        file.unlink()
-    for name in ("pytorch_model.bin", "adapter_model.bin"):
-        (weights / name).write_bytes(pickle.dumps(Bomb()))
-    fails(capsys, *(("--model",) if kind == "model" else ("--evaluate",)), "folder")
+    weights = Path("folder/adapter" if kind == "adapter" else "folder")
+    bomb = pickle.dumps(Bomb())
+    if kind in ("model", "adapter"):
+        for file in weights.glob("*.safetensors"):
+            file.unlink()
+        for name in ("pytorch_model.bin", "adapter_model.bin"):
+            (weights / name).write_bytes(bomb)
+    else:  # also not under the name of a safe file
+        (weights / f"{kind}.safetensors").write_bytes(bomb)
+    if kind == "checkpoint":
+        Path("folder/summary.json").unlink()
+    fails(capsys, {"model": "--model", "checkpoint": "--resume"}.get(kind, "--evaluate"), "folder")
     assert not Path("exploded").exists()
+    with pytest.raises(FileExistsError):  # the bomb is a real one
+        Path("exploded").mkdir()
+        pickle.loads(bomb)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "evil"])
+def test_no_code_from_a_model_folder_is_ever_run(architecture, capsys):
+    """Otherwise a model from a stranger could run a stranger's program: its config names Python
+    code that comes with it. Where the library knows the architecture, it is used without."""
+    save_lm("lm")
+    Path("lm/evil.py").write_text(f"open({str(Path('exploded').resolve())!r}, 'w')\n")
+    for name, classes in (("config", ("AutoConfig", "AutoModelForCausalLM")),
+                          ("tokenizer_config", ("AutoTokenizer",))):
+        path = Path(f"lm/{name}.json")
+        content = json.loads(path.read_text())
+        content["auto_map"] = {x: "evil.Evil" if x != "AutoTokenizer" else [None, "evil.Evil"]
+                               for x in classes}
+        if name == "config":
+            content["model_type"] = architecture
+        path.write_text(json.dumps(content))
+    capsys.readouterr()
+    if architecture == "llama":
+        assert type(twosome.load_lm("lm", "cpu", "float32")[0]).__name__ == "LlamaForCausalLM"
+    else:
+        assert "lm" in fails(capsys, "--model", "lm", "--out", "run")
+    assert not Path("exploded").exists() and not Path("run").exists()
+    exec(Path("lm/evil.py").read_text())
+    assert Path("exploded").exists()  # it would have left this trace
 
 
 def test_worked_examples():

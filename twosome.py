@@ -791,8 +791,11 @@ def train(args: Args, run: Path):
         done, seconds, before = progress["update"], progress["seconds"], progress["before"]
         version, internal, gauss = progress["rng"]
         rng.setstate((version, tuple(internal), gauss))
-        states = progress["playing"][team.process_index * args.n_envs:]
-        for episode, state in zip(playing, states):
+        states = progress["playing"]
+        if len(states) != args.n_envs * team.num_processes:
+            raise UserError(f"{old} was made by {len(states) // args.n_envs} processes; resume it "
+                            "with as many")
+        for episode, state in zip(playing, states[team.process_index * args.n_envs:]):
             episode.obs, episode.info = episode.env.set_state(state["env"])
             episode.ret, episode.length = state["ret"], state["length"]
         try:
@@ -888,6 +891,7 @@ What was learned, in {seconds:.0f} s and {done * steps_per_update:,} decisions:
   return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: {best:.3f})
 The run is in {run}: {", ".join(sorted(path.name for path in run.iterdir()))}.
 What to do next:
+  python twosome.py --watch {run}   # see it decide, step by step
   python twosome.py --evaluate {run}   # more episodes of this agent
   python twosome.py --env virtualhome --task entertainment   # another world""")
 
@@ -1249,6 +1253,7 @@ def read_config(run: Path) -> dict:
 
 def main(argv=None):
     given, mode = parse(argv)
+    PartialState(cpu=given.get("device") == "cpu" or not torch.cuda.is_available())
     if "episodes" in mode and ("evaluate" not in mode or mode["episodes"] < 1):
         raise UserError("--episodes belongs to --evaluate RUN and must be at least 1")
     if ("tokens" in mode or "pace" in mode) and "watch" not in mode:
@@ -1286,11 +1291,10 @@ def main(argv=None):
     name = f"runs/{args.task}-{kind.get(args.method, f'{args.method}-{args.norm}')}-seed{args.seed}"
     run = Path(args.out) if args.out else next(path for path in map(Path, (
         name, *(f"{name}-{again}" for again in range(2, 1000)))) if not path.exists())
-    team = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     (run,) = broadcast_object_list([run])  # the first process has chosen the name
     # A kill before config.json was written leaves an empty folder; or config.tmp, half of it.
     free = not run.exists() or run.is_dir() and {x.name for x in run.iterdir()} <= {"config.tmp"}
-    if not free and team.is_main_process:
+    if not free and PartialState().is_main_process:
         raise UserError(f"{run} exists already; choose another --out, or --resume {run}")
     return train(args, run)
 
