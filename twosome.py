@@ -212,50 +212,66 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     return list((log_p * is_action).sum(-1).split([len(actions) for _, actions in encoded]))
 
 
-def packed_log_probs(model, encoded) -> list[torch.Tensor]:
-    """The efficiency: the same numbers, with the prompt once and all its actions behind it.
+STATES_PER_ROW = 4  # more of them share more, but attention costs the square of a row's length
 
-    One row a prompt:       s s s s s | a a a | b b | c c c
-    segment                 0 0 0 0 0 | 1 1 1 | 2 2 | 3 3 3
-    position                0 1 2 3 4 | 5 6 7 | 5 6 | 5 6 7
 
-    Tokens influence each other only through attention. A token of action b may look at the prompt
-    and at b's own earlier tokens, and its position says that it follows the prompt directly. So it
-    computes exactly what it would in a row of its own; and the prompt, by far the longest part,
-    is computed once instead of K times. (Drawn in full: as an action's last token predicts nothing
-    that we need, it is left out.) The logits are computed only where they predict an action's
-    token: at the prompt's last token and behind it.
+def as_tree(encoded):
+    """Lay the rows of the definition over each other: each distinct beginning is one column.
+
+        To make a salad, your next step is to -+- chop the -+- egg
+                                               |            +- tomato
+                                               +- wait
+
+    encoded: pairs from `encode`, of one or more states. (An action's last token predicts nothing
+    that we need, so it gets no column: "egg", "tomato" and "wait" are only asked for.)
+    Returns ids (L,), the token of each column; sees (L, L), True for the column itself and those
+    before it on its branch; and for each token of each action the column that predicts it, and
+    the token.
     """
-    ids, segments, positions, targets, sources = [], [], [], [], []
-    n_logits = 0
+    columns, sources, targets = {}, [], []  # columns: (column of the token before, token) -> column
     for prompt, actions in encoded:
-        row, segment, position = list(prompt), [0] * len(prompt), list(range(len(prompt)))
-        for k, action in enumerate(actions, start=1):
-            # Which logit predicts which token: the prompt's last one, then the action's own.
-            behind = n_logits + len(row) - len(prompt) + 1
-            sources += [n_logits] + list(range(behind, behind + len(action) - 1))
-            targets += action
-            row += action[:-1]
-            segment += [k] * (len(action) - 1)
-            position += range(len(prompt), len(prompt) + len(action) - 1)
-        n_logits += len(row) - len(prompt) + 1
-        ids.append(row), segments.append(segment), positions.append(position)
-    device, dtype = model.device, model.dtype
-    ids, positions = pad_rows(ids, 0, device), pad_rows(positions, 0, device)  # (B, L)
-    segments = pad_rows(segments, -1, device)  # (B, L)
-    query, key = segments[:, :, None], segments[:, None, :]
-    sees = ((key == 0) | (key == query)).tril()  # (B, L, L)
-    # Added to the attention scores. finfo.min and not -inf, which turns padded rows into NaN.
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device)
-    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]  # (B, 1, L, L)
+        for action in actions:
+            column = -1
+            for i, token in enumerate(prompt + action, start=1):
+                if i > len(prompt):
+                    sources.append(column), targets.append(token)
+                if i < len(prompt) + len(action):
+                    column = columns.setdefault((column, token), len(columns))
+    sees = np.eye(len(columns), dtype=bool)
+    for column, (before, _) in enumerate(columns):
+        if before >= 0:
+            sees[column] |= sees[before]
+    return [token for _, token in columns], sees, sources, targets
+
+
+def packed_log_probs(model, encoded) -> list[torch.Tensor]:
+    """The efficiency: the same numbers, with each distinct beginning computed once.
+
+    Tokens influence each other only through attention. Here a token may look only at the tokens
+    before it on its own branch of the tree, and its position says how many these are. So it
+    computes exactly what it would in a row of its own; but the prompt, by far the longest part, is
+    computed once instead of K times, and so is whatever else neighbours begin with.
+    """
+    trees = [as_tree(encoded[i:i + STATES_PER_ROW])
+             for i in range(0, len(encoded), STATES_PER_ROW)]
+    device, length = model.device, max(len(ids) for ids, *_ in trees)
+    ids = pad_rows([ids for ids, *_ in trees], 0, device)  # (B, L)
+    sees = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself
+    for row, (_, tree, _, _) in zip(sees, trees):
+        row[:len(tree), :len(tree)] = torch.from_numpy(tree)
+    sees = sees.to(device)  # (B, L, L)
+    # Added to the attention scores. finfo.min and not -inf, which some kernels turn into NaN.
+    mask = torch.zeros(sees.shape, dtype=model.dtype, device=device)
+    mask = mask.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None]  # (B, 1, L, L)
     # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers.
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                 use_cache=False).last_hidden_state  # (B, L, H)
-    last_of_prompt = torch.tensor([[len(prompt) - 1] for prompt, _ in encoded], device=device)
-    wanted = (torch.arange(ids.shape[1], device=device) >= last_of_prompt) & (segments >= 0)
-    log_p = F.log_softmax(model.get_output_embeddings()(hidden[wanted]).float(), dim=-1)  # (N, V)
-    token_log_probs = log_p[torch.tensor(sources, device=device),
-                            torch.tensor(targets, device=device)]  # (tokens,)
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False,
+                                 position_ids=sees.sum(-1) - 1).last_hidden_state  # (B, L, H)
+    # Logits only where they predict an action's token, once for all that may follow there.
+    columns = torch.tensor([row * length + c for row, tree in enumerate(trees) for c in tree[2]])
+    columns, source = columns.to(device).unique(return_inverse=True)
+    targets = torch.tensor([token for tree in trees for token in tree[3]], device=device)
+    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[columns])  # (N, V)
+    token_log_probs = F.log_softmax(logits.float(), dim=-1)[source, targets]  # (tokens,)
     lengths = [len(action) for _, actions in encoded for action in actions]
     log_probs = torch.stack([part.sum() for part in token_log_probs.split(lengths)])
     return list(log_probs.split([len(actions) for _, actions in encoded]))
@@ -271,17 +287,19 @@ packed_is_exact_up_to = weakref.WeakKeyDictionary()
 @torch.no_grad()
 def may_pack(model, encoded) -> bool:
     """Does packing give the defined numbers for this model, on rows as long as these?"""
-    packed = [len(prompt) + sum(map(len, actions)) for prompt, actions in encoded]
+    rows = [encoded[i:i + STATES_PER_ROW] for i in range(0, len(encoded), STATES_PER_ROW)]
+    packed = [len(as_tree(row)[0]) for row in rows]
     plain = [len(prompt) + max(map(len, actions)) for prompt, actions in encoded]
     known = packed_is_exact_up_to.get(model, (-1, -1))
     if known == (0, 0) or (max(packed) <= known[0] and max(plain) <= known[1]):
         return known != (0, 0)
-    sample = [encoded[packed.index(max(packed))], encoded[plain.index(max(plain))],
-              encoded[plain.index(min(plain))]]
+    longest_row, longest = rows[packed.index(max(packed))], encoded[plain.index(max(plain))]
+    shortest = encoded[plain.index(min(plain))]  # beside the longest it is padded
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bfloat16 rounds to 3 digits
     try:
-        same = all(torch.allclose(a, b, rtol=tolerance / 10, atol=tolerance) for a, b in zip(
-            packed_log_probs(model, sample), plain_log_probs(model, sample)))
+        same = all(torch.allclose(a, b, rtol=tolerance / 10, atol=tolerance)
+                   for sample in (longest_row, [longest, shortest])
+                   for a, b in zip(packed_log_probs(model, sample), plain_log_probs(model, sample)))
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -388,7 +406,7 @@ class Agent(nn.Module):
     def remembered_log_policy(self, states: list[tuple[str, tuple[str, ...]]]):
         """The same without gradients. Between two updates the policy is fixed: each distinct
         state goes through the LM once, however often it is visited."""
-        new = list(dict.fromkeys(s for s in states if s not in self.policy_memory))
+        new = sorted({s for s in states if s not in self.policy_memory})  # neighbours begin alike
         for i in range(0, len(new), self.max_prompts):
             chunk = new[i:i + self.max_prompts]
             policies = self.log_policy(*map(list, zip(*chunk)))
@@ -564,7 +582,7 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
         decisions = {}
         for i in batch:
             decisions.setdefault(rollout.states[i], []).append(i)
-        distinct = sorted(decisions, key=lambda state: len(state[0]))  # less padding
+        distinct = sorted(decisions)  # neighbours begin alike, so they share most of their tree
         distinct = distinct[team.process_index::team.num_processes]  # this process' share
         sums = dict.fromkeys(log, 0.0)
         optimizer.zero_grad()
