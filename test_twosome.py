@@ -627,11 +627,11 @@ def test_policy_and_value_do_not_depend_on_batch_mates():
     by_length = sorted(STATES, key=lambda state: len(state[0]))
     states = [by_length[0], by_length[-1], by_length[9]]
     assert len(states[0][0]) < len(states[1][0]) / 2
-    together = agent.value([prompt for prompt, _ in states]), agent.log_policy(*zip(*states))
+    together = agent.value([prompt for prompt, _ in states]), agent.log_policy(states)
     for i, (prompt, actions) in enumerate(states):
         agent.features_memory.clear()
         assert agent.value([prompt]).item() == pytest.approx(together[0][i].item(), abs=1e-5)
-        assert equal(agent.log_policy([prompt], [actions]), [together[1][i]])
+        assert equal(agent.log_policy([(prompt, actions)]), [together[1][i]])
     assert together[0].unique().numel() == 3
 
 
@@ -676,7 +676,7 @@ def test_trained_weights_are_float32_over_a_bfloat16_lm():
     agent = Agent(*twosome.load_lm("pocket_lm", "cpu", "bfloat16"))
     assert agent.model.dtype == torch.bfloat16
     assert {p.dtype for p in twosome.trained_parameters(agent).values()} == {torch.float32}
-    assert agent.log_policy(*zip(*STATES[:2]))[0].dtype == torch.float32
+    assert agent.log_policy(STATES[:2])[0].dtype == torch.float32
 
 
 # --- PPO ------------------------------------------------------------------------------------------
@@ -707,7 +707,7 @@ def test_first_ratio_of_an_update_is_one():
     would clip before it has learned anything."""
     agent = pocket_agent()
     rollout = a_rollout(agent)
-    policies = agent.log_policy(*map(list, zip(*rollout.states)))
+    policies = agent.log_policy(rollout.states)
     now = torch.stack([policy[i] for policy, i in zip(policies, rollout.chosen)])
     assert torch.allclose(now, rollout.log_prob, atol=1e-5)
     args = Args(**vars(SMALL) | {"epochs": 1, "minibatches": 1})
@@ -927,7 +927,8 @@ def test_killed_run_equals_uninterrupted_run(finished):
     one can neither go on nor begin again. The child processes are forked from one that has
     imported everything: so a kill costs a second, and comes at any moment of the run itself."""
     done = subprocess.run([sys.executable, "-c", KILLS, str(torch.get_num_threads()), *TINY_RUN],
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert same_run(Path("run"), finished)
 
@@ -992,7 +993,7 @@ def test_ppo_sees_numbers_and_only_offered_actions():
     """Otherwise the baseline would be handicapped, or learn from actions that nobody offers."""
     agent, args = baseline("ppo", env="virtualhome")
     vectors, offered = torch.rand(2, 11).tolist(), [(0, 3), (1, 2, 9)]
-    policies = agent.log_policy(vectors, offered)
+    policies = agent.log_policy(list(zip(vectors, offered)))
     logits = agent.model(torch.tensor(vectors))
     for policy, row, indices in zip(policies, logits, offered):
         kept = torch.stack([row[i] for i in indices])
@@ -1012,10 +1013,11 @@ def test_saycan_is_the_product():
     with torch.no_grad():
         agent.critic[-1].bias.copy_(torch.tensor([0.0, 3.0, -3.0, 1.0, -1.0]))
     seen, offered = episode.state
-    (says,) = agent.model.remembered_log_policy([(seen[0], tuple(episode.info["actions"].values()))])
+    phrases = tuple(episode.info["actions"].values())
+    (says,) = agent.model.remembered_log_policy([(seen[0], phrases)])
     (logits,) = agent.affordance([seen], [offered])
     product = says.exp() * torch.sigmoid(logits)
-    (policy,) = agent.log_policy([seen], [offered])
+    (policy,) = agent.log_policy([(seen, offered)])
     assert equal([policy.exp()], [product / product.sum()], 1e-6)
     assert (policy.exp() - says.exp()).abs().max() > 0.05
 
@@ -1067,7 +1069,8 @@ def test_baselines_run_resume_and_load(method, monkeypatch, capsys):
     assert twosome.evaluate(agent, args, 4) == summary["after"]
     if method == "ppo":
         capsys.readouterr()
-        assert "size mismatch" in fails(capsys, "--evaluate", "cut", "--task", "tomato-lettuce-salad")
+        line = fails(capsys, "--evaluate", "cut", "--task", "tomato-lettuce-salad")
+        assert "size mismatch" in line
 
 
 # --- Watching -------------------------------------------------------------------------------------
@@ -1122,7 +1125,7 @@ def test_watch_shows_before_and_after(finished, capsys, monkeypatch):
     prompt, phrases = twosome.make_episode(args).state
     (after,) = agent.remembered_log_policy([(prompt, phrases)])
     with agent.model.disable_adapter():
-        (before,) = agent.log_policy([prompt], [phrases])
+        (before,) = agent.log_policy([(prompt, phrases)])
     first = [line for line in lines if line[:4] in ("  0.", "> 0.")][:len(phrases)]
     for line, p, q, phrase in zip(first, before.exp(), after.exp(), phrases):
         numbers = re.findall(r"\d\.\d\d", line)

@@ -99,10 +99,11 @@ class Args:
     rollout_steps: int = knob(64, "decisions of each environment between two updates; paper: 32; "
                               "ours is longer so that a rollout holds whole episodes")
     # --- returns
-    gamma: float = knob(0.95, "discount per primitive step; Overcooked: 0.99; paper: the same")
+    gamma: float = knob(0.95, "discount per time step of the environment; Overcooked: 0.99; paper: "
+                        "the same")
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(
-        True, "value what would have come after the time limit; paper: counts it as an end")
+        True, "at the time limit add the critic's value of the state reached; paper: it is an end")
     # --- update. A small LM must move much further from its prior than LLaMA-7B, hence the rates.
     policy_lr: float = knob(2e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
@@ -115,8 +116,8 @@ class Args:
     ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; divided by words, a "
                            "small LM's policy explores enough, and as long as nothing is earned "
                            "the bonus alone would move it, away from what the LM knows")
-    vf_coef: float = knob(0.5, "weight of the value loss; as the critic has its own optimiser, it "
-                          "acts only through max_grad_norm; paper: the same")
+    vf_coef: float = knob(0.5, "weight of the value loss; matters to max_grad_norm only, as the critic "
+                          "has an Adam of its own, which ignores the scale; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
     critic_warmup: int = knob(0, "first updates that train only the critic; paper: 0")
@@ -137,7 +138,7 @@ OWN_KNOBS = {"overcooked": {"gamma": 0.99},
 # ==================================================================================================
 
 def build_prompt(obs: str, goal: str) -> str:
-    """Return the prompt, an unfinished sentence; a blank and an action finish it.
+    """Return the prompt, an unfinished sentence; a space and an action finish it.
 
     The paper (section 4.4) gives four principles. The environments follow them when they word
     `obs` and the actions:
@@ -164,9 +165,9 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
 
     Prompt and action are tokenised together, because that is what the LM was trained on: most
-    tokenizers put the blank between words into the next word's first token. Where the prompt ends
-    is then read off the character offsets. (Counting the tokens of the action alone, as is often
-    done, is off by one for tokenizers without a BOS token.)
+    tokenizers put the space between words into the next word's first token. Where the prompt ends
+    is then read off the character offsets. (The authors' code counts the tokens of the action
+    alone and takes 1 off for BOS: one too few where a tokenizer has no BOS.)
 
     Raises UserError if a token holds letters of both: P(action | prompt) is then not defined.
     """
@@ -175,9 +176,9 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     prompt_ids, action_ids = None, []
     for action, ids, offsets in zip(actions, batch["input_ids"], batch["offset_mapping"]):
         first = next((i for i, (start, _) in enumerate(offsets) if start >= end), len(ids))
-        # The blank at `end` may close the prompt's last token or open the action's first one.
+        # The space at `end` may close the prompt's last token or open the action's first one.
         if (any(start < end and stop > end + 1 for start, stop in offsets)
-                or (prompt_ids or ids[:first]) != ids[:first]):
+                or prompt_ids not in (None, ids[:first])):
             raise UserError(f"the tokenizer of {tokenizer.name_or_path} puts the end of the prompt "
                             f"and the beginning of {action!r} into one token, so the action has no "
                             "probability of its own; choose a model whose tokens end with words")
@@ -212,11 +213,11 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     return list((log_p * is_action).sum(-1).split([len(actions) for _, actions in encoded]))
 
 
-STATES_PER_ROW = 4  # more of them share more, but attention costs the square of a row's length
+STATES_PER_ROW = 4  # more states share more, but attention costs the square of a row's length
 
 
 def as_tree(encoded):
-    """Lay the rows of the definition over each other: each distinct beginning is one column.
+    """Merge the rows of the definition where they begin alike, into a tree: a column a node.
 
         To make a salad, your next step is to -+- chop the -+- egg
                                                |            +- tomato
@@ -231,10 +232,11 @@ def as_tree(encoded):
     columns, sources, targets = {}, [], []  # columns: (column of the token before, token) -> column
     for prompt, actions in encoded:
         for action in actions:
-            column = -1
+            column = -1  # the root, before the first token
             for i, token in enumerate(prompt + action, start=1):
                 if i > len(prompt):
-                    sources.append(column), targets.append(token)
+                    sources.append(column)
+                    targets.append(token)
                 if i < len(prompt) + len(action):
                     column = columns.setdefault((column, token), len(columns))
     sees = np.eye(len(columns), dtype=bool)
@@ -255,18 +257,18 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     trees = [as_tree(encoded[i:i + STATES_PER_ROW])
              for i in range(0, len(encoded), STATES_PER_ROW)]
     device, length = model.device, max(len(ids) for ids, *_ in trees)
-    ids = pad_rows([ids for ids, *_ in trees], 0, device)  # (B, L)
+    ids = pad_rows([ids for ids, *_ in trees], 0, device)  # (T, L), T trees
     sees = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself
     for row, (_, tree, _, _) in zip(sees, trees):
         row[:len(tree), :len(tree)] = torch.from_numpy(tree)
-    sees = sees.to(device)  # (B, L, L)
+    sees = sees.to(device)  # (T, L, L)
     # Added to the attention scores. finfo.min and not -inf, which some kernels turn into NaN.
     mask = torch.zeros(sees.shape, dtype=model.dtype, device=device)
-    mask = mask.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None]  # (B, 1, L, L)
+    mask = mask.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None]  # (T, 1, L, L)
     # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers.
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False,
-                                 position_ids=sees.sum(-1) - 1).last_hidden_state  # (B, L, H)
-    # Logits only where they predict an action's token, once for all that may follow there.
+                                 position_ids=sees.sum(-1) - 1).last_hidden_state  # (T, L, H)
+    # Logits only in columns that predict an action's token, once for all tokens asked for there.
     columns = torch.tensor([row * length + c for row, tree in enumerate(trees) for c in tree[2]])
     columns, source = columns.to(device).unique(return_inverse=True)
     targets = torch.tensor([token for tree in trees for token in tree[3]], device=device)
@@ -280,7 +282,7 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
 # Not every LM may be packed: sliding windows count columns, ALiBi ignores positions, a state-space
 # model has no mask. So each model is compared once with the definition, on the longest row so far.
 
-# model -> (longest packed row, longest plain row) that agreed, in tokens; (0, 0): never pack
+# model -> (longest packed row, longest plain row) that agreed, in tokens; None: never pack
 packed_is_exact_up_to = weakref.WeakKeyDictionary()
 
 
@@ -290,9 +292,9 @@ def may_pack(model, encoded) -> bool:
     rows = [encoded[i:i + STATES_PER_ROW] for i in range(0, len(encoded), STATES_PER_ROW)]
     packed = [len(as_tree(row)[0]) for row in rows]
     plain = [len(prompt) + max(map(len, actions)) for prompt, actions in encoded]
-    known = packed_is_exact_up_to.get(model, (-1, -1))
-    if known == (0, 0) or (max(packed) <= known[0] and max(plain) <= known[1]):
-        return known != (0, 0)
+    known = packed_is_exact_up_to.get(model, (0, 0))
+    if known is None or (max(packed) <= known[0] and max(plain) <= known[1]):
+        return known is not None
     longest_row, longest = rows[packed.index(max(packed))], encoded[plain.index(max(plain))]
     shortest = encoded[plain.index(min(plain))]  # beside the longest it is padded
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bfloat16 rounds to 3 digits
@@ -304,8 +306,8 @@ def may_pack(model, encoded) -> bool:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         same = False  # this architecture does not take a mask or positions of ours at all
-    longest = max(max(packed), known[0]), max(max(plain), known[1])
-    packed_is_exact_up_to[model] = longest if same else (0, 0)
+    sizes = max(max(packed), known[0]), max(max(plain), known[1])
+    packed_is_exact_up_to[model] = sizes if same else None
     if not same:
         print("note: this LM's attention cannot be packed; scoring one row for each action, "
               "which is slower and gives the same numbers", file=sys.stderr)
@@ -334,13 +336,15 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     """Make actions of different length comparable; the policy is the softmax of the result.
 
     A product of more factors is smaller: without normalisation a long action is punished for its
-    length. Per token (Eq. 3), a long word that is cut in pieces is rewarded, because all pieces
-    but the first are nearly certain. Per word (Eq. 4) does neither.
+    length. Dividing a sum of logs by n takes the n-th root of the product: the probability of the
+    action's average token or word. Per token (Eq. 3), a long word that is cut in pieces is
+    rewarded, because all pieces but the first are nearly certain. Per word (Eq. 4) does neither.
 
     log_probs, n_tokens, n_words: B tensors (K_b,) each. Returns B tensors (K_b,).
 
     A worked example. After the prompt the LM gives "chop" 0.5, "the" after it 0.8 and "egg" after
-    that 0.1, so P("chop the egg") = 0.04; and it gives "wait" 0.06. (Here tokens are words.)
+    that 0.1, so P("chop the egg") = 0.04; and it gives "wait" 0.06. As they are, "wait" wins; per
+    word it is 0.04^(1/3) = 0.34 against 0.06. (Here tokens are words.)
 
     >>> log_probs, lengths = [torch.tensor([0.5 * 0.8 * 0.1, 0.06]).log()], [torch.tensor([3, 1])]
     >>> [F.softmax(normalize(log_probs, lengths, lengths, n)[0], -1) for n in ("none", "word")]
@@ -360,7 +364,7 @@ def add_lora(model: nn.Module) -> nn.Module:
     """Wrap the LM with LoRA on its query and value projections, as the paper does.
 
     LoRA replaces a frozen matrix W by W + (alpha / r) B A, with A (r, in) random and B (out, r)
-    zero at first: before training the wrapped LM is the LM itself. Only A and B are trained.
+    zero at first: before training the wrapped LM is the LM itself. peft freezes all but A and B.
     """
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets = ["q_proj", "v_proj"]
@@ -369,8 +373,8 @@ def add_lora(model: nn.Module) -> nn.Module:
             model.config.model_type, "all-linear")
     # Mamba's kernel reads this matrix directly, past any LoRA, so peft refuses to adapt it.
     exclude = ["out_proj"] if targets == "all-linear" else None
-    # r, alpha, dropout: the paper's. peft keeps A and B in float32, also over a bfloat16 LM:
-    # in half precision a step of 5e-7 would leave a weight of 0.01 as it is.
+    # Rank r, alpha, dropout: the paper's. peft keeps A and B in float32, also over a bfloat16 LM:
+    # in half precision a step of 5e-7, the paper's rate, would leave a weight of 0.01 as it is.
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, bias="none",
                                             target_modules=targets, task_type="CAUSAL_LM",
                                             exclude_modules=exclude))
@@ -387,16 +391,18 @@ class Agent(nn.Module):
         self.model, self.tokenizer = add_lora(model).eval(), tokenizer  # eval: no dropout
         self.norm, self.max_prompts = norm, max_prompts
         self.critic = nn.Sequential(
-            nn.Linear(model.get_output_embeddings().weight.shape[1], 1024), nn.ReLU(),
+            nn.Linear(model.get_output_embeddings().weight.shape[1], 1024), nn.ReLU(),  # from H
             nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device)
-        # The critic starts at V = 0. So as long as no reward was met, all advantages are exactly 0;
-        # a random critic's errors, normalised, would look like reasons and wear the prior down.
+        # The critic starts at V = 0. So as long as no reward was met, all advantages are exactly 0.
+        # Those of a random critic would be its errors, scaled up to full-size updates (section 4)
+        # that spoil what the LM knows.
         nn.init.zeros_(self.critic[-1].weight), nn.init.zeros_(self.critic[-1].bias)
         self.features_memory = {}  # prompt -> (H,): never changes, the LM is frozen
         self.policy_memory = {}    # (prompt, actions) -> (K,): holds until LoRA changes
 
-    def log_policy(self, prompts: list[str], actions: list[tuple[str, ...]]) -> list[torch.Tensor]:
-        """log pi(. | s) for B states: B tensors (K_b,), with gradients."""
+    def log_policy(self, states: list[tuple[str, tuple[str, ...]]]) -> list[torch.Tensor]:
+        """log pi(. | s) for B states (prompt, actions): B tensors (K_b,), with gradients."""
+        prompts, actions = zip(*states)
         log_probs, n_tokens = action_log_probs(self.model, self.tokenizer, prompts, actions)
         n_words = [torch.tensor([len(a.split()) for a in offered]) for offered in actions]
         scores = normalize(log_probs, n_tokens, n_words, self.norm)
@@ -404,13 +410,13 @@ class Agent(nn.Module):
         return [F.log_softmax(score, dim=-1) for score in scores]
 
     @torch.no_grad()
-    def remembered_log_policy(self, states: list[tuple[str, tuple[str, ...]]]):
+    def remembered_log_policy(self, states) -> list[torch.Tensor]:
         """The same without gradients. Between two updates the policy is fixed: each distinct
         state goes through the LM once, however often it is visited."""
         new = sorted({s for s in states if s not in self.policy_memory})  # neighbours begin alike
         for i in range(0, len(new), self.max_prompts):
             chunk = new[i:i + self.max_prompts]
-            policies = self.log_policy(*map(list, zip(*chunk)))
+            policies = self.log_policy(chunk)
             self.policy_memory.update(zip(chunk, (policy.cpu() for policy in policies)))
         return [self.policy_memory[s] for s in states]
 
@@ -418,8 +424,9 @@ class Agent(nn.Module):
     def features(self, prompts: list[str]) -> torch.Tensor:
         """What the critic sees, (B, H): the last hidden state of the prompt's last token.
 
-        The adapter is off. With it on, each policy update would change the critic's input under
-        its feet; off, a prompt's features are constants, computed once and remembered.
+        That token is the only one that has seen the whole prompt. The adapter is off: with it on,
+        each policy update would change the critic's input under its feet (and what is remembered
+        here would be out of date); off, a prompt's features are constants, computed only once.
         One prompt at a time, without padding: so they are the same to the last bit whatever other
         prompts are asked for, the value of a state does not depend on its batch (the mistake of
         reading column -1 of a padded batch), and a resumed run repeats an uninterrupted one.
@@ -440,8 +447,15 @@ class Agent(nn.Module):
 # 4. PPO: play with the present policy, judge each decision by what followed, move a little.
 # ==================================================================================================
 
+# One update is: rollout = collect(...); update_policy(...), which steps LoRA's AdamW; and
+# update_value(...), which steps the critic's Adam. `train` in section 5 repeats it.
+
 class Episode:
-    """One environment being played: its present state in words, and what it has earned."""
+    """One environment being played: its present state in words, and what it has earned.
+
+    An environment has Gymnasium's reset and step. Its info["actions"] maps the index of each action
+    that it offers now to a phrase, info["primitive_steps"] is how long the last one took.
+    """
 
     def __init__(self, env, gamma: float):
         self.env, self.gamma = env, gamma
@@ -489,11 +503,13 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
         delta_t = r_t + gamma^k_t V(s_{t+1}) - V(s_t)
         A_t     = delta_t + gamma^k_t lambda A_{t+1}, cut where an episode ends
 
-    discount is gamma^k_t. next_value is the critic's V(s_{t+1}), also behind the last step of the
-    rollout, and 0 where the episode really ended. With k_t = 1 this is the textbook's formula.
+    discount is gamma^k_t. next_value is V of the state that the step led to, whatever comes in the
+    next row, and 0 where the episode really ended. done is 1 at both kinds of end, success and time
+    limit, so that nothing flows back from the next episode. With k_t = 1 it is the textbook's.
 
-    A worked example: a step of k = 2 at gamma 0.5, then a step of k = 1 that earns 1 and ends.
-    The last advantage is 1 - 0.4 = 0.6; the one before 0.25 * 0.4 - 0.2 + 0.25 * 1 * 0.6 = 0.05.
+    A worked example, gamma 0.5, lambda 1, V = 0.2 and 0.4: a step of k = 2, then one of k = 1 that
+    earns 1 and ends. The last advantage is 1 - 0.4 = 0.6; the one before it is
+    0.25 * 0.4 - 0.2 + 0.25 * 1 * 0.6 = 0.05.
 
     >>> column = lambda *x: torch.tensor(x)[:, None]
     >>> gae(column(0., 1.), column(.25, .5), column(.2, .4), column(.4, 0.), column(0., 1.), 1.0)
@@ -510,8 +526,8 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 
 def sample(log_policy: torch.Tensor, u: float) -> int:
     """Draw one of the K offered actions from log pi (K,); u is uniform in [0, 1)."""
-    cumulative = list(itertools.accumulate(log_policy.exp().tolist()))
-    if not cumulative[-1] > 0:
+    cumulative = list(itertools.accumulate(log_policy.exp().tolist()))  # ends near 1: rounding
+    if not cumulative[-1] > 0:  # also true of NaN
         raise UserError("the probabilities of the actions are not finite numbers")
     return bisect.bisect(cumulative, u * cumulative[-1], 0, len(cumulative) - 1)
 
@@ -532,18 +548,19 @@ def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random
         for episode, state, policy, u in zip(playing, now, agent.remembered_log_policy(now), draws):
             action = sample(policy, u)
             reward, discount, terminated, truncated = episode.act(action)
+            next_prompt = episode.state[0]  # before a new episode starts
             done = terminated or truncated
             # The time limit is not part of the state, so it is no reason for a state to be worth
             # nothing: what would have followed is estimated by the critic. A success is the end.
             end = terminated or (truncated and not args.bootstrap_time_limit)
             steps[-1].append((state, action, policy[action].item(), reward, discount, done, end,
-                              episode.state[0]))
+                              next_prompt))
             if done:
                 episodes.append((episode.info["success"], episode.ret, episode.length))
                 episode.start()
-    everybody = gather_object([(steps, episodes)])
-    decisions = [d for step in zip(*(steps for steps, _ in everybody)) for part in step
-                 for d in part]  # by time, then by environment
+    everybody = gather_object([(steps, episodes)])  # one entry a process
+    decisions = [decision for at_one_time in zip(*(steps for steps, _ in everybody))
+                 for part in at_one_time for decision in part]  # by time, then by environment
     states, chosen, log_prob, rewards, discounts, dones, ends, next_prompts = zip(*decisions)
     with torch.no_grad():
         value = agent.value([prompt for prompt, _ in states]).cpu()
@@ -572,8 +589,8 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
     On the first minibatch pi is pi_old and r is 1; it moves with each step, and clipping removes
     the incentive to move it further than eps.
     """
-    # Over the whole rollout. The reference normalises over minibatches of 4, where the sign of an
-    # advantage depends on its three neighbours.
+    # Over the whole rollout. The authors' code does it over the 4 decisions that go through the LLM
+    # together, where the sign of an advantage depends on its three neighbours.
     advantages = rollout.advantage
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     log = {"policy_loss": [], "entropy": [], "approx_kl": [], "clip_fraction": []}
@@ -589,20 +606,21 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
         optimizer.zero_grad()
         for j in range(0, len(distinct), args.max_prompts):
             chunk = distinct[j:j + args.max_prompts]
-            policies = agent.log_policy(*map(list, zip(*chunk)))  # B tensors (K_b,)
+            policies = agent.log_policy(chunk)  # B tensors (K_b,)
+            # The n decisions taken in these B states: which state, and which of the rollout.
             row = torch.tensor([b for b, s in enumerate(chunk) for _ in decisions[s]])  # (n,)
-            i = torch.tensor([i for s in chunk for i in decisions[s]])  # (n,)
-            new_log_prob = pad_sequence(policies, True)[row, rollout.chosen[i]]  # (n,)
+            index = torch.tensor([i for s in chunk for i in decisions[s]])  # (n,)
+            new_log_prob = pad_sequence(policies, True)[row, rollout.chosen[index]]  # (n,)
             entropy = torch.stack([-(p.exp() * p).sum() for p in policies])[row]  # (n,)
-            log_ratio = new_log_prob - rollout.log_prob[i].to(new_log_prob.device)
-            ratio, advantage = log_ratio.exp(), advantages[i].to(log_ratio.device)
+            log_ratio = new_log_prob - rollout.log_prob[index].to(new_log_prob.device)
+            ratio, advantage = log_ratio.exp(), advantages[index].to(log_ratio.device)
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             surrogate = torch.min(ratio * advantage, clipped * advantage)
             loss = -(surrogate + args.ent_coef * entropy).sum() / len(batch)
             loss.backward()  # gradients of the chunks add up to those of the minibatch
             sums["policy_loss"] -= surrogate.sum().item()
             sums["entropy"] += entropy.sum().item()
-            sums["approx_kl"] += (ratio - 1 - log_ratio).sum().item()
+            sums["approx_kl"] += (ratio - 1 - log_ratio).sum().item()  # of KL(pi_old || pi), >= 0
             sums["clip_fraction"] += (ratio != clipped).sum().item()
         if team.num_processes > 1:  # the shares add up as well
             for p in weights:
@@ -725,7 +743,7 @@ def make_agent(args: Args) -> Agent:
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
     llm = Agent(model, tokenizer, args.norm, args.max_prompts)
     with torch.no_grad():  # what this LM cannot do is found out before a folder is made
-        llm.log_policy(*map(list, zip(Episode.state.fget(episode))))
+        llm.log_policy([Episode.state.fget(episode)])
     return SayCan(llm, n_inputs, n_actions) if args.method == "saycan" else llm
 
 
@@ -882,11 +900,11 @@ def train(args: Args, run: Path):
                     "seconds": seconds}
             if rollout.episodes:
                 log |= zip(("success", "return", "length"), np.mean(rollout.episodes, axis=0))
-            log = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in log.items()}
-            writer.writerow(log)
+            bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
+                "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
+            writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x
+                             for name, x in log.items()})
             file.flush()
-            bar.set_postfix_str(", ".join(f"{name} {float(log[name] or 'nan'):.3f}" for name in (
-                "success", "return", "entropy", "approx_kl")), refresh=False)
             bar.update(steps_per_update)
             if done % CHECKPOINT_EVERY == 0:
                 save_checkpoint(run, agent, optimizers, state_of_run())
@@ -945,7 +963,8 @@ class SymbolicAgent(Agent):
         self.critic = tanh_mlp(n_inputs, 1, gain=0.0)  # V = 0 at first, as for TWOSOME
         self.max_prompts, self.policy_memory = 1024, {}
 
-    def log_policy(self, vectors, offered):
+    def log_policy(self, states):
+        vectors, offered = zip(*states)
         logits = self.model(torch.tensor(vectors))  # (B, all actions); a softmax over the offered
         return [F.log_softmax(row[list(indices)], -1) for row, indices in zip(logits, offered)]
 
@@ -986,7 +1005,8 @@ class SayCan(Agent):
         logits = self.critic(torch.tensor([vector for _, vector in seen]))  # (B, all actions)
         return [row[[index for index, _ in actions]] for row, actions in zip(logits, offered)]
 
-    def log_policy(self, seen, offered):
+    def log_policy(self, states):
+        seen, offered = zip(*states)
         says = self.model.remembered_log_policy([
             (prompt, tuple(phrase for _, phrase in actions))
             for (prompt, _), actions in zip(seen, offered)])
@@ -1023,15 +1043,16 @@ class RandomAgent(Agent):
         nn.Module.__init__(self)
         self.max_prompts, self.policy_memory = 1024, {}
 
-    def log_policy(self, prompts, actions):
-        return [torch.zeros(len(offered)).log_softmax(-1) for offered in actions]
+    def log_policy(self, states):
+        return [torch.zeros(len(offered)).log_softmax(-1) for _, offered in states]
 
 
 # ==================================================================================================
 # 7. Evaluation: many episodes with sampled actions, because the policy is a distribution.
 # ==================================================================================================
 
-# The best discounted return that a task allows, by exact search over all of its states.
+# The best discounted return that a task allows, by exact search over all of its states. (All but
+# entertainment take six decisions.)
 OPTIMUM = {"tomato-salad": 0.92052, "tomato-lettuce-salad": 0.94766, "entertainment": 0.59874} | {
     task: 0.77378 for task in VirtualHomeText.TASKS if task != "entertainment"}
 
@@ -1069,7 +1090,7 @@ def play(agent: Agent, args: Args):
         before, (after,) = None, agent.remembered_log_policy([episode.state])
         if args.method == "twosome":
             with torch.no_grad(), agent.model.disable_adapter():
-                (before,) = agent.log_policy(*map(list, zip(episode.state)))
+                (before,) = agent.log_policy([episode.state])
         action = sample(after, rng.random())
         yield episode, before, after, action
         _, _, terminated, truncated = episode.act(action)
@@ -1165,7 +1186,8 @@ def watch(agent: Agent, args: Args, tokens: bool, pace: float | None):
         for k, phrase in enumerate(phrases):
             bars = "".join(f"{p[k]:.2f} {'#' * round(p[k].item() * size):<{size}} "
                            for p in policies)
-            print(textwrap.fill(phrase, width, initial_indent=f"{'>' if k == action else ' '} {bars}",
+            mark = ">" if k == action else " "
+            print(textwrap.fill(phrase, width, initial_indent=f"{mark} {bars}",
                                 subsequent_indent=" " * (len(bars) + 4)))
         if tokens:
             print("\nlog-probability of each token:")

@@ -7,8 +7,8 @@ A RUN is a folder that twosome.py left. Runs whose names differ only in the seed
 the mean, with a band from the lowest to the highest. Dotted lines: the best possible, and uniformly
 random choice among the offered actions. Needs matplotlib, which requirements.txt leaves out.
 
---states shows the six decisions that the shortest way to a tomato salad takes, and how probable each
-action is there before training (adapter off) and after.
+--states shows the six decisions that the shortest way to a tomato salad takes, and how probable
+each action is there before training (adapter off) and after.
 
 reproduce.py draws its figures with the functions of this file.
 """
@@ -18,6 +18,7 @@ import csv
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -150,9 +151,9 @@ def decisive_states(run: Path, path: Path):
     episode = twosome.make_episode(args)
     for number, (axis, best) in enumerate(zip(axes.flat, TOMATO_SALAD), start=1):
         prompt, phrases = episode.state
-        (after,) = agent.log_policy([prompt], [phrases])
+        (after,) = agent.log_policy([(prompt, phrases)])
         with agent.model.disable_adapter():
-            (before,) = agent.log_policy([prompt], [phrases])
+            (before,) = agent.log_policy([(prompt, phrases)])
         rows = np.arange(len(phrases))
         axis.barh(rows - 0.2, before.exp().numpy(), 0.38, color="#E69F00", label="before training",
                   hatch="///", edgecolor="white")
@@ -205,4 +206,5 @@ def main():
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, as in twosome.py
     main()

@@ -171,8 +171,8 @@ def steps_to_90(curve: list[dict]) -> int | str:
 
 
 def run_job(job: dict):
-    """Train and measure; return the job, its row of runs.csv and its rows of curves.csv; or the job,
-    the reason why it cannot run, and None."""
+    """Train and measure; return the job, its row of runs.csv and its rows of curves.csv; or the
+    job, the reason why it cannot run, and None."""
     import torch
     import twosome
     from language import language
@@ -243,7 +243,8 @@ def run_all(todo: list[dict], folder: Path, workers: int):
     (folder / "curves.csv").unlink(missing_ok=True)
     append_csv(folder / "curves.csv", CURVE, curves)
     bar = tqdm(total=sum(job["cost"] for job in todo), unit="work", smoothing=0, dynamic_ncols=True,
-               bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left{postfix}")
+               bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"
+                          "{postfix}")
     with bar, multiprocessing.get_context("spawn").Pool(workers) as pool:  # ends with its block
         for job, row, curve in pool.imap_unordered(run_job, todo):
             if curve is None:
