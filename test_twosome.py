@@ -1327,7 +1327,7 @@ def fails(capsys, *argv, bar=False) -> str:
     ("--setps 5", "--steps"), ("--learning-rate 1", "--"), ("--env kitchen", "virtualhome"),
     ("--task soup", "tomato-lettuce-salad"), ("--norm letters", "token"),
     ("--env virtualhome --task tomato-salad", "food-preparation"), ("--steps many", "--steps"),
-    ("--steps -1", "--steps"), ("--minibatches 0", "--minibatches"), ("--gamma 2", "--gamma"),
+    ("--steps -1", "--steps"), ("--steps 0", "--steps"), ("--minibatches 0", "--minibatches"), ("--gamma 2", "--gamma"),
     ("--policy-lr nan", "--policy-lr"), ("--policy-lr -1", "--policy-lr"),
     ("--device cuda", "CUDA"),
     ("--n-envs 1 --rollout-steps 1", "--minibatches"), ("--out /dev/null", "exists already"),
@@ -1357,11 +1357,11 @@ def test_mistakes_get_one_line(capsys, monkeypatch, argv, hint):
     assert not list(Path.cwd().iterdir())
 
 
-def test_steps_0_is_the_tasks_own_number():
-    """Otherwise a script that passes the default on would get another run, or none."""
+def test_without_steps_the_tasks_own_number():
+    """Otherwise a task would stop before it is learned."""
     for task, steps in twosome.TASK_STEPS.items():
         env = "overcooked" if task in OvercookedText.TASKS else "virtualhome"
-        assert twosome.finish({"env": env, "task": task, "steps": 0}).steps == steps
+        assert twosome.finish({"env": env, "task": task}).steps == steps
 
 
 def test_help_names_every_flag(capsys):

@@ -85,7 +85,7 @@ class Args:
                      "by its tokens, or not at all", ("word", "token", "none"))
     model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B; ours: "
                       "pocket_lm, which comes with this file and needs no download")
-    steps: int = knob(0, "environment steps (decisions), 0 for the task's own number; "
+    steps: int = knob(0, "environment steps (decisions); without it, the task's own number; "
                       "paper: 500,000 Overcooked, 50,000 and 200,000 VirtualHome")
     seed: int = knob(1, "seed of everything random: LoRA, critic, sampled actions, minibatches")
     out: str = knob("", "the run's folder; without it, a new one under runs/")
@@ -110,14 +110,14 @@ class Args:
     epochs: int = knob(4, "passes over a rollout; paper: 1, which wastes data at our small scale")
     minibatches: int = knob(2, "optimiser steps per pass; paper: 4. A state that occurs often in a "
                             "minibatch costs one forward pass, so large minibatches are cheap")
-    max_prompts: int = knob(32, "prompts that go through the LLM at once: lower it when memory is "
-                            "short, the numbers stay the same but for rounding; paper: 4")
+    max_prompts: int = knob(8, "states that go through the LLM at once: memory grows with it, time "
+                            "hardly changes, the numbers stay the same but for rounding; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; divided by words, a "
                            "small LM's policy explores enough, and as long as nothing is earned "
                            "the bonus alone would move it, away from what the LM knows")
-    vf_coef: float = knob(0.5, "weight of the value loss; matters to max_grad_norm only, as the critic "
-                          "has an Adam of its own, which ignores the scale; paper: the same")
+    vf_coef: float = knob(0.5, "weight of the value loss; matters to max_grad_norm only, as the "
+                          "critic has an Adam of its own, blind to scale; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
     critic_warmup: int = knob(0, "first updates that train only the critic; paper: 0")
@@ -386,7 +386,7 @@ class Agent(nn.Module):
     Trained: LoRA (by the policy's loss) and the critic (by the value's loss). Nothing else.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, norm: str = "word", max_prompts: int = 32):
+    def __init__(self, model: nn.Module, tokenizer, norm: str = "word", max_prompts: int = 8):
         super().__init__()
         self.model, self.tokenizer = add_lora(model).eval(), tokenizer  # eval: no dropout
         self.norm, self.max_prompts = norm, max_prompts
@@ -1235,7 +1235,7 @@ def parse(argv) -> tuple[dict, dict]:
     for f in fields(Args):
         kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
-        default = f" (default: {f.default})" if f.default != "" else ""
+        default = f" (default: {f.default})" if f.default != "" and f.name != "steps" else ""
         parser.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
@@ -1264,7 +1264,8 @@ def finish(given: dict) -> Args:
     args.task = args.task or tasks[0]
     if args.task not in tasks:
         raise UserError(f"--task {args.task}: {args.env} has the tasks {', '.join(tasks)}")
-    args.steps = args.steps or TASK_STEPS.get(args.task, TASK_STEPS["food-preparation"])
+    if "steps" not in given:
+        args.steps = TASK_STEPS.get(args.task, TASK_STEPS["food-preparation"])
     for name in ("steps", "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts"):
         if getattr(args, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1")
