@@ -1357,6 +1357,14 @@ def test_mistakes_get_one_line(capsys, monkeypatch, argv, hint):
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.parametrize("package", ["accelerate", "peft"])
+def test_missing_package_is_one_line(monkeypatch, package):
+    """Otherwise who forgot the first command would meet a traceback."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match="pip install -r requirements.txt"):
+        runpy.run_path(str(ROOT / "twosome.py"))
+
+
 def test_without_steps_the_tasks_own_number():
     """Otherwise a task would stop before it is learned."""
     for task, steps in twosome.TASK_STEPS.items():

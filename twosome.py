@@ -42,20 +42,23 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+try:
+    import numpy as np
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object, reduce
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+    from torch.nn.utils.rnn import pad_sequence
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+except ImportError as error:
+    raise SystemExit(f"twosome.py: {error}; pip install -r requirements.txt brings it") from None
 
 from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
