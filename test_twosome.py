@@ -1297,6 +1297,17 @@ def test_readme_commands_are_understood():
             twosome.parse(flags.split())
 
 
+def test_readme_map():
+    """Otherwise the map of the file would lead astray after the next edit."""
+    lines = (ROOT / "twosome.py").read_text().splitlines()
+    starts = {int(line[2]): i for i, line in enumerate(lines) if re.match(r"# \d\. ", line)}
+    ends = {number: starts.get(number + 1, len(lines) + 2) - 2 for number in starts}
+    text = (ROOT / "README.md").read_text()
+    for number, start in starts.items():
+        assert re.search(rf"^\| {number} [^|]+ \| {start}-{ends[number]} \|", text, re.M), (
+            f"section {number} is in lines {start} to {ends[number]}")
+
+
 def test_readme_environment(monkeypatch, capsys):
     """Otherwise the thirty lines that a teacher copies would not run."""
     monkeypatch.setattr(twosome, "ENVS", dict(twosome.ENVS))

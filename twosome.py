@@ -1185,7 +1185,7 @@ def watch(agent: Agent, args: Args, tokens: bool, pace: float | None):
         policies = [after.exp()] if before is None else [before.exp(), after.exp()]
         size = (width - 44) // 2 - 6  # of a bar; the phrase has at least 38 columns
         names = ["probability"] if before is None else ["before training", "after training"]
-        print("\n  " + "".join(f"{name:<{size + 6}}" for name in names).rstrip())
+        print("\n  " + "".join(f"{name[:size + 5]:<{size + 6}}" for name in names).rstrip())
         for k, phrase in enumerate(phrases):
             bars = "".join(f"{p[k]:.2f} {'#' * round(p[k].item() * size):<{size}} "
                            for p in policies)
