@@ -71,7 +71,7 @@ class UserError(Exception):
 
 
 # ==================================================================================================
-# 0. Arguments: every knob, why it stands where it stands, and where the paper had it.
+# 0. Arguments: every knob, why it stands where it stands, and where the paper had it. To look up.
 # ==================================================================================================
 
 def knob(default, help, choices=None):
@@ -257,24 +257,25 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     computes exactly what it would in a row of its own; but the prompt, by far the longest part, is
     computed once instead of K times, and so is whatever else neighbours begin with.
     """
-    trees = [as_tree(encoded[i:i + STATES_PER_ROW])
-             for i in range(0, len(encoded), STATES_PER_ROW)]
-    device, length = model.device, max(len(ids) for ids, *_ in trees)
-    ids = pad_rows([ids for ids, *_ in trees], 0, device)  # (T, L), T trees
-    sees = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself
-    for row, (_, tree, _, _) in zip(sees, trees):
-        row[:len(tree), :len(tree)] = torch.from_numpy(tree)
+    ids, branches, sources, targets = zip(*(  # of T trees
+        as_tree(encoded[i:i + STATES_PER_ROW]) for i in range(0, len(encoded), STATES_PER_ROW)))
+    device, length = model.device, max(map(len, ids))
+    ids = pad_rows(ids, 0, device)  # (T, L)
+    sees = torch.eye(length, dtype=torch.bool).repeat(len(ids), 1, 1)  # padding sees itself
+    for row, branch in zip(sees, branches):
+        row[:len(branch), :len(branch)] = torch.from_numpy(branch)
     sees = sees.to(device)  # (T, L, L)
     # Added to the attention scores. finfo.min and not -inf, which some kernels turn into NaN.
     mask = torch.zeros(sees.shape, dtype=model.dtype, device=device)
     mask = mask.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None]  # (T, 1, L, L)
-    # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers.
+    # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers. A token's
+    # position is the number of those before it on its branch: siblings have the same.
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False,
                                  position_ids=sees.sum(-1) - 1).last_hidden_state  # (T, L, H)
     # Logits only in columns that predict an action's token, once for all tokens asked for there.
-    columns = torch.tensor([row * length + c for row, tree in enumerate(trees) for c in tree[2]])
-    columns, source = columns.to(device).unique(return_inverse=True)
-    targets = torch.tensor([token for tree in trees for token in tree[3]], device=device)
+    columns = [row * length + column for row, some in enumerate(sources) for column in some]
+    columns, source = torch.tensor(columns, device=device).unique(return_inverse=True)
+    targets = torch.tensor(sum(targets, []), device=device)  # (tokens,)
     logits = model.get_output_embeddings()(hidden.flatten(0, 1)[columns])  # (N, V)
     token_log_probs = F.log_softmax(logits.float(), dim=-1)[source, targets]  # (tokens,)
     lengths = [len(action) for _, actions in encoded for action in actions]
@@ -282,8 +283,9 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     return list(log_probs.split([len(actions) for _, actions in encoded]))
 
 
-# Not every LM may be packed: sliding windows count columns, ALiBi ignores positions, a state-space
-# model has no mask. So each model is compared once with the definition, on the longest row so far.
+# A safety check, no part of the algorithm. Not every LM may be packed: sliding windows count
+# columns, ALiBi ignores positions, a state-space model has no mask. So each model is compared with
+# the definition at its first use, and again when a row is longer than any that was compared.
 
 # model -> (longest packed row, longest plain row) that agreed, in tokens; None: never pack
 packed_is_exact_up_to = weakref.WeakKeyDictionary()
@@ -298,12 +300,13 @@ def may_pack(model, encoded) -> bool:
     known = packed_is_exact_up_to.get(model, (0, 0))
     if known is None or (max(packed) <= known[0] and max(plain) <= known[1]):
         return known is not None
-    longest_row, longest = rows[packed.index(max(packed))], encoded[plain.index(max(plain))]
-    shortest = encoded[plain.index(min(plain))]  # beside the longest it is padded
+    # Two trees, one of them padded: the longest row (what stands in it twice counts once), and the
+    # longest and the shortest of the plain rows.
+    sample = (rows[packed.index(max(packed))] * STATES_PER_ROW)[:STATES_PER_ROW] + [
+        encoded[plain.index(max(plain))], encoded[plain.index(min(plain))]]
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bfloat16 rounds to 3 digits
     try:
         same = all(torch.allclose(a, b, rtol=tolerance / 10, atol=tolerance)
-                   for sample in (longest_row, [longest, shortest])
                    for a, b in zip(packed_log_probs(model, sample), plain_log_probs(model, sample)))
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -322,7 +325,8 @@ def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[st
 
     prompts: B strings; actions: B lists of K_b strings, K_b may differ.
     Returns (log_probs, n_tokens): B float32 tensors (K_b,), in nats, with gradients; and B int
-    tensors (K_b,), the number of tokens of each action. Works for any Hugging Face causal LM.
+    tensors (K_b,), the number of tokens of each action. No end mark is scored: "wait" is never less
+    likely than "wait here". Works for any Hugging Face causal LM with a fast tokenizer.
     """
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
     longest = max(len(p) + max(map(len, a)) for p, a in encoded)
@@ -435,7 +439,8 @@ class Agent(nn.Module):
         reading column -1 of a padded batch), and a resumed run repeats an uninterrupted one.
         """
         for prompt in dict.fromkeys(p for p in prompts if p not in self.features_memory):
-            ids = torch.tensor([self.tokenizer(prompt)["input_ids"]], device=self.model.device)
+            ids, _ = encode(self.tokenizer, prompt, ("wait",))  # whatever follows, the same ids
+            ids = torch.tensor([ids], device=self.model.device)
             with self.model.disable_adapter():
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             self.features_memory[prompt] = hidden[0, -1].float()
@@ -746,7 +751,8 @@ def make_agent(args: Args) -> Agent:
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
     llm = Agent(model, tokenizer, args.norm, args.max_prompts)
     with torch.no_grad():  # what this LM cannot do is found out before a folder is made
-        llm.log_policy([Episode.state.fget(episode)])
+        prompt, actions = Episode.state.fget(episode)
+        llm.log_policy([(prompt, actions)]), llm.value([prompt])
     return SayCan(llm, n_inputs, n_actions) if args.method == "saycan" else llm
 
 
@@ -828,7 +834,8 @@ def train(args: Args, run: Path):
         if changed := [name for name, x in saved if x != getattr(args, name, x)]:
             raise UserError(f"{old}/config.json and the checkpoint do not have the same "
                             f"{', '.join(changed)}; mend it, or start again with another --out")
-        done, seconds, before = progress["update"], progress["seconds"], progress["before"]
+        done, rows, before = progress["update"], progress["rows"], progress["before"]
+        seconds = progress["seconds"]
         version, internal, gauss = progress["rng"]
         rng.setstate((version, tuple(internal), gauss))
         states = progress["playing"]
@@ -838,23 +845,13 @@ def train(args: Args, run: Path):
         for episode, state in zip(playing, states[team.process_index * args.n_envs:]):
             episode.obs, episode.info = episode.env.set_state(state["env"])
             episode.ret, episode.length = state["ret"], state["length"]
-        try:
-            with open(old / "metrics.csv", newline="") as file:
-                lines = [line for line in file if line.endswith("\n")]  # a kill may cut the last
-            rows = list(csv.DictReader(lines))[:done]  # those after the checkpoint come anew
-        except (OSError, ValueError, csv.Error):
-            rows = []
-        whole = all(list(row) == METRICS and None not in row.values() for row in rows)
-        if not whole or [row["update"] for row in rows] != [str(i + 1) for i in range(done)]:
-            raise UserError(f"{old}/metrics.csv is missing or damaged; start again with another "
-                            "--out")
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES)
         print("before training:", describe(before))
 
     def state_of_run() -> dict:
         return {"update": done, "seconds": seconds, "before": before, "rng": rng.getstate(),
-                "args": asdict(args),
+                "args": asdict(args), "rows": rows,
                 "playing": gather_object([{"ret": e.ret, "length": e.length,
                                            "env": e.env.get_state()} for e in playing])}
 
@@ -868,7 +865,7 @@ def train(args: Args, run: Path):
 
     bar = tqdm(total=n_updates * steps_per_update, initial=done * steps_per_update, unit="step",
                dynamic_ncols=True, disable=not team.is_main_process)
-    with open(run / "metrics.tmp", "w", newline="") as file:
+    with open(run / "metrics.tmp", "w", newline="") as file:  # rows after the checkpoint come anew
         csv.DictWriter(file, METRICS).writeheader()
         csv.DictWriter(file, METRICS).writerows(rows)
     os.replace(run / "metrics.tmp", run / "metrics.csv")
@@ -905,8 +902,9 @@ def train(args: Args, run: Path):
                 log |= zip(("success", "return", "length"), np.mean(rollout.episodes, axis=0))
             bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
                 "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
-            writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x
-                             for name, x in log.items()})
+            rows.append({name: f"{x:.6g}" if isinstance(x, float) else x
+                         for name, x in log.items()})
+            writer.writerow(rows[-1])
             file.flush()
             bar.update(steps_per_update)
             if done % CHECKPOINT_EVERY == 0:
@@ -1054,8 +1052,8 @@ class RandomAgent(Agent):
 # 7. Evaluation: many episodes with sampled actions, because the policy is a distribution.
 # ==================================================================================================
 
-# The best discounted return that a task allows, by exact search over all of its states. (All but
-# entertainment take six decisions.)
+# The best discounted return that a task allows, by exact search over all of its states. (All
+# household tasks but entertainment take six decisions.)
 OPTIMUM = {"tomato-salad": 0.92052, "tomato-lettuce-salad": 0.94766, "entertainment": 0.59874} | {
     task: 0.77378 for task in VirtualHomeText.TASKS if task != "entertainment"}
 
@@ -1146,7 +1144,8 @@ def show_episode(agent: Agent, args: Args, longest: int = 30):
     for decision, (episode, before, after, action) in enumerate(play(agent, args)):
         if decision < longest:
             past = "" if before is None else f"{before[action].exp():.2f} -> "
-            print(f"  {past}{after[action].exp():.2f}  {episode.state[1][action]}")
+            phrase = list(episode.info["actions"].values())[action]
+            print(f"  {past}{after[action].exp():.2f}  {phrase}")
         elif decision == longest:
             print("  ...")
     print(f"  success: {episode.info['success']}, discounted return {episode.ret:.3f}")
