@@ -128,6 +128,63 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
     assert episode.ret == pytest.approx(twosome.OPTIMUM[task], abs=5e-6)
 
 
+LOAD = 2_000  # random steps in each task; 100,000 were run once by hand: a million over all tasks
+
+
+@pytest.mark.parametrize("env_class, task", TASKS)
+def test_invariants_hold_under_random_load(env_class, task):
+    """Otherwise a rare order of actions could lose a thing, double it, or make up a reward."""
+    env, rng = env_class(task=task), random.Random(task)
+    limit, at_most = (200, 12) if env_class is OvercookedText else (50, 1)  # 12: the longest macro
+    obs, info = env.reset()
+    shape, over, steps = info["vector"].shape, False, 0
+    for _ in range(LOAD):
+        if over:
+            obs, info = env.reset()
+            steps = 0
+        if rng.random() < 0.05:  # outside the range: refused, and nothing happens
+            before = env.get_state()
+            with pytest.raises(ValueError):
+                env.step(rng.choice([-1, env.n_actions, 10**9]))
+            assert env.get_state() == before
+        offered = rng.random() < 0.7
+        action = rng.choice(list(info["actions"]) if offered else range(env.n_actions))
+        obs, reward, terminated, truncated, info = env.step(action)
+        over, state = terminated or truncated, env.get_state()
+        steps += info["primitive_steps"]
+        assert 1 <= info["primitive_steps"] <= at_most and steps == state["steps"]
+        assert truncated == (not terminated and steps >= limit) and steps < limit + at_most
+        assert terminated == info["success"]
+        assert info["vector"].dtype.name == "float32" and info["vector"].shape == shape
+        assert all(0 <= x <= limit for x in info["vector"].tolist())
+        # The prompt: whole sentences, single spaces; offered actions: different, in index order.
+        assert re.fullmatch(r"([A-Z][a-z0-9, -]*[a-z]\. )*[A-Z][a-z0-9, -]*[a-z]\.", obs), obs
+        phrases = list(info["actions"].values())
+        assert phrases and len(set(phrases)) == len(phrases)
+        assert all(re.fullmatch(r"[a-z]+(,? [a-z]+)*", phrase) for phrase in phrases)
+        assert list(info["actions"]) == sorted(info["actions"])
+        assert set(info["actions"]) <= set(range(env.n_actions))
+        if env_class is OvercookedText:
+            assert -0.2 < reward < 1.21
+            assert all(1 <= x <= 5 for x in state["agent"])  # on the floor
+            foods = set(state["place"]) - {"bowl"}
+            # Each thing is in one place: the hand, a counter's cell of its own, or (food) the bowl.
+            loose = [str(place) for place in state["place"].values() if place != "bowl"]
+            assert len(set(loose)) == len(loose)
+            assert all(place in ("hand", "bowl") or {0, 6} & set(place)
+                       for place in state["place"].values())
+            assert state["place"]["bowl"] != "bowl" and set(state["chopped"]) <= foods
+            assert {f for f in foods if state["place"][f] == "bowl"} <= set(state["chopped"])
+        else:
+            home = state["home"]
+            assert reward == float(terminated)
+            things = [*home["held"], *home["placed"]]
+            assert len(set(things)) == len(things) <= 2  # in a hand or put down, not both
+        if rng.random() < 0.02:  # saved, through JSON, and restored: the same words
+            again = env_class(task=task)
+            assert again.set_state(json.loads(json.dumps(state)))[0] == obs
+
+
 GOLDEN = [  # (task, actions, primitive steps, rewards, text after the last action)
     ("tomato-salad", [0, 2, 4, 0, 1, 3], [2, 5, 3, 1, 10, 7],
      [-0.00199, -0.004901, 0.19305, -0.001, -0.009562, 0.934687],
