@@ -701,6 +701,7 @@ def load_lm(name: str, device: str, dtype: str):
         raise UserError(f"{name!r} is not a model folder: it has no config.json")
     if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "~"))):
         raise UserError(f"no model folder {name}; give a folder or a Hub id such as owner/name")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, for their authors
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -1174,8 +1175,6 @@ def watch(agent: Agent, args: Args, tokens: bool, pace: float | None):
 
     Plain characters only and no control codes, so it reads the same in a pipe or a notebook, where
     it does not wait."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" may leave early
     width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     for number, (episode, before, after, action) in enumerate(play(agent, args), start=1):
         prompt, phrases = Episode.state.fget(episode)
@@ -1313,6 +1312,8 @@ def main(argv=None):
         if (run / "summary.json").exists():
             raise UserError(f"{run} is finished; evaluate it with --evaluate {run}")
         return train(Args(**config), run)
+    if mode and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" may leave early
     if "evaluate" in mode:
         args, agent = load_run(Path(mode["evaluate"]), given)
         result = evaluate(agent, args, mode.get("episodes", EVALUATION_EPISODES), "another")
@@ -1344,7 +1345,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, for their authors
     try:
         main()
     except UserError as error:

@@ -33,7 +33,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -446,7 +445,6 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, as in twosome.py
     try:
         main()
     except (twosome.UserError, OSError) as error:

@@ -1,14 +1,14 @@
 """An exercise: one of these three functions is wrong, and nothing crashes.
 
-    python experiments/planted_bug.py        # trains on food-preparation into runs/planted-bug
+    python experiments/planted_bug.py    # food-preparation, into runs/planted-bug
 
 Somebody found twosome.py too slow to read and wrote three of its functions anew. Training runs, the
-losses look like losses, and yet something is wrong. Find out which function it is: first from the
-log alone, then by a test of your own on numbers that you can compute by hand. It is mended when
-metrics.csv (the time columns aside) is that of a sound run with the same flags:
+losses look like losses, and yet something is wrong. Find out which function it is: first from its
+log beside that of a sound run, then by a test of your own on numbers that you can compute by hand.
+It is mended when the two logs are the same, the time columns aside (bash; no output: the same):
 
     python twosome.py --env virtualhome --out runs/sound
-    cut -d, -f1-12 runs/sound/metrics.csv | cmp - <(cut -d, -f1-12 runs/planted-bug/metrics.csv)
+    cmp <(cut -d, -f1-12 runs/sound/metrics.csv) <(cut -d, -f1-12 runs/planted-bug/metrics.csv)
 """
 
 import bisect
@@ -46,4 +46,7 @@ def sample(log_policy, u):
 
 if __name__ == "__main__":
     twosome.normalize, twosome.gae, twosome.sample = normalize, gae, sample
-    twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug"])
+    try:
+        twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug"])
+    except twosome.UserError as error:
+        raise SystemExit(f"planted_bug.py: {error}") from None

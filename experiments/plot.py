@@ -18,7 +18,6 @@ import csv
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -206,5 +205,4 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, as in twosome.py
     main()
