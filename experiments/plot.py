@@ -91,6 +91,7 @@ def learning_curves(panels: dict[str, dict[str, list]], path: Path):
                 column, ("success", "return"), (1, OPTIMUM[task]), RANDOM[task]):
             for label, curves in lines.items():
                 band(axis, label, curves, metric, styles[label])
+            axis.locator_params(axis="x", nbins=5)
             axis.axhline(best, color="0.4", linestyle=":", linewidth=1)
             axis.axhline(at_random, color="0.4", linestyle=":", linewidth=1)
             axis.annotate("best", (1, best), xycoords=("axes fraction", "data"), fontsize=7,
@@ -104,7 +105,7 @@ def learning_curves(panels: dict[str, dict[str, list]], path: Path):
     handles = {label: handle for axis in axes[0] for handle, label in
                zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center",
-                  ncols=min(8, len(handles)), frameon=False)
+                  ncols=min(len(handles), 2 * len(panels)), frameon=False)
     figure.savefig(path)
     plt.close(figure)
 

@@ -367,7 +367,9 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
              for label in labels if (r := pick(task, label))]))
     out.append("`word`, `token` and `none` are TWOSOME with that normalisation. Steps until 90%: "
                "when 0.9 of the latest 100 or more training episodes succeeded (training samples "
-               "its actions); the mean is over the seeds that got there.\n")
+               "its actions); the mean is over the seeds that got there. The first points of a "
+               "curve flatter: only short episodes have ended by then, and those are the successful "
+               "ones. Seconds: one thread, beside another job, and sometimes beside tests.\n")
 
     household = [task for task in ("food-preparation", "entertainment") if pick(task, "word")]
     agents = [(task, label) for task in household for label in ("word", "token", "none", "ppo")
@@ -424,16 +426,18 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
     import plot
 
     def panels(labels, tasks):
-        return {task: {label: lines for label in labels if (
+        """task -> the label's name in the figure -> the curves of all seeds"""
+        return {task: {name: lines for label, name in labels.items() if (
             lines := [curves[row["name"]] for row in pick(task, label) if row["name"] in curves])}
-            for task in tasks if pick(task, labels[-1])}
+            for task in tasks if any(pick(task, label) for label in labels if label != "word")}
 
     def values(tasks, chosen):
         return {task: {name: numbers(pick(*where(task)), measure(task))
                        for name, (where, measure) in chosen.items()} for task in tasks}
 
-    plot.learning_curves(panels(["word", "token", "none", "saycan", "ppo"], tasks),
-                         folder / "e1_curves.png")
+    plot.learning_curves(panels({
+        "word": "TWOSOME, per word", "token": "TWOSOME, per token", "none": "TWOSOME, undivided",
+        "saycan": "SayCan", "ppo": "PPO"}, tasks), folder / "e1_curves.png")
     plot.bars(values(UNSEEN, {
         f"trained on {t}": (lambda _, t=t: (t, "word"), lambda task: f"on_{task}")
         for t in household} | {"untrained LLM": (lambda task: (task, "zero-shot"),
@@ -442,12 +446,10 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
     plot.bars({task: {label: [100 * (float(x["perplexity"]) / float(x["perplexity_before"]) - 1)
                               for x in pick(task, label)] for label in ("word", "token", "none")}
                for task in tasks}, folder / "e3_perplexity.png", "perplexity, change in %", line=2)
-    for number, which in (("e4_principles", ["word", *PRINCIPLES]),
-                          ("e5_decisions", ["word", "all-actions", "time-limit-ends"]),
-                          ("e6_tiny1m", ["word", "tiny1m"])):
-        drawn = {task: panel for task in tasks if len(panel := panels(which, [task] if any(
-            pick(task, x) for x in which[1:]) else []).get(task, {})) > 1}
-        if drawn:
+    for number, which in (("e4_principles", PRINCIPLES),
+                          ("e5_decisions", ["all-actions", "time-limit-ends"]),
+                          ("e6_tiny1m", ["tiny1m"])):
+        if drawn := panels({"word": "as it is"} | {label: label for label in which}, tasks):
             plot.learning_curves(drawn, folder / f"{number}.png")
 
 
