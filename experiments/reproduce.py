@@ -368,8 +368,8 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
     out.append("`word`, `token` and `none` are TWOSOME with that normalisation. Steps until 90%: "
                "when 0.9 of the latest 100 or more training episodes succeeded (training samples "
                "its actions); the mean is over the seeds that got there. The first points of a "
-               "curve flatter: only short episodes have ended by then, and those are the successful "
-               "ones. Seconds: one thread, beside another job, and sometimes beside tests.\n")
+               "curve flatter: only short episodes have ended by then, those that succeeded. "
+               "Seconds: one thread, beside another job, and sometimes beside tests.\n")
 
     household = [task for task in ("food-preparation", "entertainment") if pick(task, "word")]
     agents = [(task, label) for task in household for label in ("word", "token", "none", "ppo")
