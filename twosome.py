@@ -128,7 +128,7 @@ class Args:
 
 # Enough for pocket_lm, on seeds that no reported run uses.
 TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 15_360,
-              "food-preparation": 5_120, "entertainment": 20_480}
+              "food-preparation": 5_120, "entertainment": 40_960}
 # What an environment or a baseline has of its own; a flag overrides it. PPO's were found with as
 # many trials as TWOSOME's, about twenty settings each, on the same seeds (101 and 102).
 OWN_KNOBS = {"overcooked": {"gamma": 0.99},
