@@ -6,7 +6,7 @@ environment offers, as the ending of one sentence, and takes these probabilities
 then on it is ordinary reinforcement learning: act, see what was rewarded, and nudge a small
 adapter (LoRA) so that rewarded endings become likelier. The model itself stays frozen.
 
-    python twosome.py --env overcooked                              # 15 s on two CPU cores
+    python twosome.py --env overcooked                              # 10 s on two CPU cores
     python twosome.py --env overcooked --task tomato-lettuce-salad  # ten right decisions in a row
     python twosome.py --env virtualhome --task food-preparation
     python twosome.py --env virtualhome --task entertainment
