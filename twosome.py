@@ -1233,20 +1233,24 @@ def parse(argv) -> tuple[dict, dict]:
     """Return (flags that were given and are Args' fields, the mode's own flags)."""
     parser = Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
                     allow_abbrev=False)
+    titles = {"env": "the run", "n_envs": "rollout", "gamma": "returns", "policy_lr": "update"}
     for f in fields(Args):
+        if f.name in titles:
+            group = parser.add_argument_group(titles[f.name])
         kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
                 {"type": f.type, "choices": f.metadata["choices"]})
         default = f" (default: {f.default})" if f.default != "" and f.name != "steps" else ""
-        parser.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
-    modes = parser.add_mutually_exclusive_group()
+        group.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
+    group = parser.add_argument_group("instead of a new run")
+    modes = group.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     modes.add_argument("--evaluate", metavar="RUN", help="play episodes with a run's agent")
     modes.add_argument("--watch", metavar="RUN", nargs="?", const="", help="see a run's agent "
                        "decide, step by step; without RUN the untrained LLM, or --method random")
-    parser.add_argument("--episodes", type=int, help="episodes of --evaluate (default: 100)")
-    parser.add_argument("--tokens", action="store_true", help="--watch: the tokens of each action")
-    parser.add_argument("--pace", type=float, help="--watch: seconds for each decision, instead of "
-                        "waiting for Enter")
+    group.add_argument("--episodes", type=int, help="episodes of --evaluate (default: 100)")
+    group.add_argument("--tokens", action="store_true", help="--watch: the tokens of each action")
+    group.add_argument("--pace", type=float, help="--watch: seconds for each decision, instead of "
+                       "waiting for Enter")
     given = vars(parser.parse_args(argv))
     mode = {name: given.pop(name) for name in
             ("resume", "evaluate", "watch", "episodes", "tokens", "pace") if name in given}
