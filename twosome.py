@@ -933,7 +933,7 @@ The run is in {run}: {", ".join(sorted(path.name for path in run.iterdir()))}.
 What to do next:
   python twosome.py --watch {run}   # see it decide, step by step
   python twosome.py --evaluate {run}   # more episodes of this agent
-  python twosome.py --env virtualhome --task entertainment   # another world""")
+  python twosome.py --env virtualhome   # another world""")
 
 
 # ==================================================================================================
