@@ -63,12 +63,13 @@ PLANS |= {task: [4, 6, 5, 8, 7, 9] for task in VirtualHomeText.TASKS if task not
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
-    """Each test in an empty folder, with the usual Ctrl-C and the same random numbers."""
+    """Each test in an empty folder, with the usual Ctrl-C, threads and random numbers."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    handler = signal.getsignal(signal.SIGINT)
+    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
     yield
     signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)  # reproduce.py computes with one; other numbers in the last digit
 
 
 def equal(a, b, tolerance=1e-4):
