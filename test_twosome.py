@@ -69,7 +69,7 @@ def clean(tmp_path, monkeypatch):
     handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
     yield
     signal.signal(signal.SIGINT, handler)
-    torch.set_num_threads(threads)  # reproduce.py computes with one; other numbers in the last digit
+    torch.set_num_threads(threads)  # reproduce.py takes one, and numbers depend on it a little
 
 
 def equal(a, b, tolerance=1e-4):
