@@ -294,12 +294,14 @@ packed_is_exact_up_to = weakref.WeakKeyDictionary()
 @torch.no_grad()
 def may_pack(model, encoded) -> bool:
     """Does packing give the defined numbers for this model, on rows as long as these?"""
+    known = packed_is_exact_up_to.get(model, (0, 0))
+    if known is None:
+        return False
     rows = [encoded[i:i + STATES_PER_ROW] for i in range(0, len(encoded), STATES_PER_ROW)]
     packed = [len(as_tree(row)[0]) for row in rows]
     plain = [len(prompt) + max(map(len, actions)) for prompt, actions in encoded]
-    known = packed_is_exact_up_to.get(model, (0, 0))
-    if known is None or (max(packed) <= known[0] and max(plain) <= known[1]):
-        return known is not None
+    if max(packed) <= known[0] and max(plain) <= known[1]:
+        return True
     # Two trees, one of them padded: the longest row (what stands in it twice counts once), and the
     # longest and the shortest of the plain rows.
     sample = (rows[packed.index(max(packed))] * STATES_PER_ROW)[:STATES_PER_ROW] + [

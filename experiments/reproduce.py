@@ -42,9 +42,8 @@ SCRATCH = ROOT / "runs" / "reproduce"
 TASKS = ["tomato-salad", "tomato-lettuce-salad", "food-preparation", "entertainment"]
 UNSEEN = ["cheese", "hamburger", "apple-pie", "pizza", "washing-plate", "laundry"]
 HOUSEHOLD = ["food-preparation", "entertainment", *UNSEEN]
-TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 15_360,
-              "food-preparation": 5_120, "entertainment": 40_960}  # TWOSOME's own
-SEEDS = {"quick": [11], "full": [11, 12, 13, 14, 15]}  # nothing was chosen by looking at these
+# Chosen by looking at these seeds: the number of steps of entertainment, and nothing else.
+SEEDS = {"quick": [11], "full": [11, 12, 13, 14, 15]}
 COST = {"tomato-salad": 15, "tomato-lettuce-salad": 170, "food-preparation": 20,
         "entertainment": 300}  # seconds of a TWOSOME run on one core, for the time that is left
 
@@ -62,6 +61,7 @@ def jobs(mode: str, lm: str) -> list[dict]:
 
     label says how an agent was made; change names a function of this file that alters the prompts
     or the offered actions while the job runs."""
+    from twosome import TASK_STEPS
     result = []
 
     def add(experiment, task, label, seed, change=None, cost=None, **given):
