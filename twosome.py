@@ -15,8 +15,7 @@ adapter (LoRA) so that rewarded endings become likelier. The model itself stays 
     python twosome.py --evaluate runs/tomato-salad-word-seed1       # 100 more episodes of a run
     python twosome.py --resume runs/tomato-salad-word-seed1         # go on where it stopped
 
-Sections 1 to 4 are the whole algorithm, in reading order; a student can stop there. They know
-nothing of files or the command line.
+Sections 1 to 4 are the whole algorithm and know nothing of files; a student can stop there.
 0 arguments · 1 prompts · 2 scoring · 3 the actor-critic · 4 PPO · 5 a training run ·
 6 baselines · 7 evaluation · 8 watching · 9 the command line
 """
@@ -38,7 +37,6 @@ import textwrap
 import time
 import warnings
 import weakref
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -107,14 +105,15 @@ class Args:
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(
         True, "at the time limit add the critic's value of the state reached; paper: it is an end")
+    min_std: float = knob(1e-8, "added")
     # --- update. A small LM must move much further from its prior than LLaMA-7B, hence the rates.
     policy_lr: float = knob(2e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int = knob(4, "passes over a rollout; paper: 1, which wastes data at our small scale")
     minibatches: int = knob(2, "optimiser steps per pass; paper: 4. A state that occurs often in a "
                             "minibatch costs one forward pass, so large minibatches are cheap")
-    max_prompts: int = knob(8, "states that go through the LLM at once: memory grows with it, time "
-                            "hardly changes, the numbers stay the same but for rounding; paper: 4")
+    max_prompts: int = knob(4, "states that go through the LLM at once: memory grows with it, the "
+                            "numbers stay the same but for rounding; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; divided by words, a "
                            "small LM's policy explores enough, and as long as nothing is earned "
@@ -123,7 +122,6 @@ class Args:
                           "critic has an Adam of its own, blind to scale; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
-    critic_warmup: int = knob(0, "first updates that train only the critic; paper: 0")
 
 
 # Enough for pocket_lm, on seeds that no reported run uses.
@@ -174,9 +172,8 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
 
     Raises UserError if a token holds letters of both: P(action | prompt) is then not defined.
     """
-    end = len(prompt)
+    end, prompt_ids, action_ids = len(prompt), None, []
     batch = tokenizer([f"{prompt} {action}" for action in actions], return_offsets_mapping=True)
-    prompt_ids, action_ids = None, []
     for action, ids, offsets in zip(actions, batch["input_ids"], batch["offset_mapping"]):
         first = next((i for i, (start, _) in enumerate(offsets) if start >= end), len(ids))
         # The space at `end` may close the prompt's last token or open the action's first one.
@@ -191,11 +188,6 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     return prompt_ids, action_ids
 
 
-def pad_rows(rows: list[list[int]], value: int, device) -> torch.Tensor:
-    """Lists of different length become one (rows, longest) tensor, filled up on the right."""
-    return pad_sequence([torch.tensor(r) for r in rows], True, value).to(device)
-
-
 def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     """The definition: one row for each (prompt, action), the whole row through the LM.
 
@@ -203,20 +195,17 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
 
     encoded: B pairs from `encode`. Returns B float32 tensors (K_b,).
     """
+    pad = lambda rows: pad_sequence([torch.tensor(r) for r in rows], True).to(model.device)
     rows = [prompt + action for prompt, actions in encoded for action in actions]
-    starts = torch.tensor([len(prompt) for prompt, actions in encoded for _ in actions])
-    ids = pad_rows(rows, 0, model.device)  # (R, L)
-    real = pad_rows([[1] * len(row) for row in rows], 0, model.device)  # (R, L)
+    ids, real = pad(rows), pad([[1] * len(row) for row in rows])  # (R, L), filled with 0
+    starts = pad([[len(prompt)] for prompt, actions in encoded for _ in actions])  # (R, 1)
     logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits  # (R, L, V)
     # The logits at column t predict the token at column t + 1.
     log_p = F.log_softmax(logits[:, :-1].float(), dim=-1)  # (R, L-1, V)
     log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (R, L-1)
     columns = torch.arange(1, ids.shape[1], device=ids.device)
-    is_action = (columns >= starts.to(ids.device)[:, None]) & (real[:, 1:] == 1)  # (R, L-1)
+    is_action = (columns >= starts) & (real[:, 1:] == 1)  # (R, L-1)
     return list((log_p * is_action).sum(-1).split([len(actions) for _, actions in encoded]))
-
-
-STATES_PER_ROW = 4  # more states share more, but attention costs the square of a row's length
 
 
 def as_tree(encoded):
@@ -226,11 +215,10 @@ def as_tree(encoded):
                                                |            +- tomato
                                                +- wait
 
-    encoded: pairs from `encode`, of one or more states. (An action's last token predicts nothing
-    that we need, so it gets no column: "egg", "tomato" and "wait" are only asked for.)
     Returns ids (L,), the token of each column; sees (L, L), True for the column itself and those
     before it on its branch; and for each token of each action the column that predicts it, and
-    the token.
+    the token. (An action's last token predicts nothing that we need, so it gets no column: "egg",
+    "tomato" and "wait" are only asked for.)
     """
     columns, sources, targets = {}, [], []  # columns: (column of the token before, token) -> column
     for prompt, actions in encoded:
@@ -255,91 +243,50 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     Tokens influence each other only through attention. Here a token may look only at the tokens
     before it on its own branch of the tree, and its position says how many these are. So it
     computes exactly what it would in a row of its own; but the prompt, by far the longest part, is
-    computed once instead of K times, and so is whatever else neighbours begin with.
+    computed once instead of K times, and so is whatever else the B states begin with.
     """
-    ids, branches, sources, targets = zip(*(  # of T trees
-        as_tree(encoded[i:i + STATES_PER_ROW]) for i in range(0, len(encoded), STATES_PER_ROW)))
-    device, length = model.device, max(map(len, ids))
-    ids = pad_rows(ids, 0, device)  # (T, L)
-    sees = torch.eye(length, dtype=torch.bool).repeat(len(ids), 1, 1)  # padding sees itself
-    for row, branch in zip(sees, branches):
-        row[:len(branch), :len(branch)] = torch.from_numpy(branch)
-    sees = sees.to(device)  # (T, L, L)
+    ids, sees, sources, targets = as_tree(encoded)
+    tensor = functools.partial(torch.tensor, device=model.device)
+    sees = tensor(sees)  # (L, L)
     # Added to the attention scores. finfo.min and not -inf, which some kernels turn into NaN.
-    mask = torch.zeros(sees.shape, dtype=model.dtype, device=device)
-    mask = mask.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None]  # (T, 1, L, L)
+    mask = torch.zeros_like(sees, dtype=model.dtype).masked_fill(
+        ~sees, torch.finfo(model.dtype).min)
     # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers. A token's
     # position is the number of those before it on its branch: siblings have the same.
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False,
-                                 position_ids=sees.sum(-1) - 1).last_hidden_state  # (T, L, H)
-    # Logits only in columns that predict an action's token, once for all tokens asked for there.
-    columns = [row * length + column for row, some in enumerate(sources) for column in some]
-    columns, source = torch.tensor(columns, device=device).unique(return_inverse=True)
-    targets = torch.tensor(sum(targets, []), device=device)  # (tokens,)
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[columns])  # (N, V)
-    token_log_probs = F.log_softmax(logits.float(), dim=-1)[source, targets]  # (tokens,)
+    hidden = model.get_decoder()(
+        input_ids=tensor([ids]), attention_mask=mask[None, None], use_cache=False,
+        position_ids=sees.sum(-1)[None] - 1).last_hidden_state[0]  # (L, H)
+    # Logits only in the N columns that predict an action's token, once for all asked for there.
+    columns, source = tensor(sources).unique(return_inverse=True)
+    log_p = F.log_softmax(model.get_output_embeddings()(hidden[columns]).float(), dim=-1)  # (N, V)
+    token_log_probs = log_p[source, tensor(targets)]  # one for each token of each action
     lengths = [len(action) for _, actions in encoded for action in actions]
     log_probs = torch.stack([part.sum() for part in token_log_probs.split(lengths)])
     return list(log_probs.split([len(actions) for _, actions in encoded]))
 
 
-# A safety check, no part of the algorithm. Not every LM may be packed: sliding windows count
-# columns, ALiBi ignores positions, a state-space model has no mask. So each model is compared with
-# the definition at its first use, and again when a row is longer than any that was compared.
-
-# model -> (longest packed row, longest plain row) that agreed, in tokens; None: never pack
-packed_is_exact_up_to = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
-def may_pack(model, encoded) -> bool:
-    """Does packing give the defined numbers for this model, on rows as long as these?"""
-    known = packed_is_exact_up_to.get(model, (0, 0))
-    if known is None:
-        return False
-    rows = [encoded[i:i + STATES_PER_ROW] for i in range(0, len(encoded), STATES_PER_ROW)]
-    packed = [len(as_tree(row)[0]) for row in rows]
-    plain = [len(prompt) + max(map(len, actions)) for prompt, actions in encoded]
-    if max(packed) <= known[0] and max(plain) <= known[1]:
-        return True
-    # Two trees, one of them padded: the longest row (what stands in it twice counts once), and the
-    # longest and the shortest of the plain rows.
-    sample = (rows[packed.index(max(packed))] * STATES_PER_ROW)[:STATES_PER_ROW] + [
-        encoded[plain.index(max(plain))], encoded[plain.index(min(plain))]]
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bfloat16 rounds to 3 digits
-    try:
-        by_definition = [x for one in sample for x in plain_log_probs(model, [one])]
-        same = all(torch.allclose(a, b, rtol=tolerance / 10, atol=tolerance)
-                   for a, b in zip(packed_log_probs(model, sample), by_definition))
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        same = False  # this architecture does not take a mask or positions of ours at all
-    sizes = max(max(packed), known[0]), max(max(plain), known[1])
-    packed_is_exact_up_to[model] = sizes if same else None
-    if not same:
-        print("note: this LM's attention cannot be packed; scoring one row for each action, "
-              "which is slower and gives the same numbers", file=sys.stderr)
-    return same
-
-
-def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[str]]):
+def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[str]],
+                     max_prompts: int = 4):
     """Joint log-probability of each action's tokens after its prompt (paper, section 4.1).
 
-    prompts: B strings; actions: B lists of K_b strings, K_b may differ.
+    prompts: B strings; actions: B lists of K_b strings, K_b may differ. They go through the LM
+    max_prompts at a time: more share more, but attention costs the square of the tree's size.
     Returns (log_probs, n_tokens): B float32 tensors (K_b,), in nats, with gradients; and B int
     tensors (K_b,), the number of tokens of each action. No end mark is scored: "wait" is never less
     likely than "wait here". Works for any Hugging Face causal LM with a fast tokenizer.
     """
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
-    longest = max(len(p) + max(map(len, a)) for p, a in encoded)
+    longest = max(len(prompt) + max(map(len, some)) for prompt, some in encoded)
     context = getattr(model.config, "max_position_embeddings", None) or longest
     if longest > context:
         raise UserError(f"a prompt with its action has {longest} tokens and this model reads at "
                         f"most {context}; choose a model with a longer context")
-    score = packed_log_probs if may_pack(model, encoded) else plain_log_probs
-    n_tokens = [torch.tensor([len(action) for action in actions]) for _, actions in encoded]
-    return score(model, encoded), n_tokens
+    log_probs = []
+    for i in range(0, len(encoded), max_prompts):
+        chunk = encoded[i:i + max_prompts]
+        score = packed_log_probs if may_pack(model, chunk) else plain_log_probs
+        log_probs += score(model, chunk)
+    return log_probs, [torch.tensor([len(action) for action in some]) for _, some in encoded]
 
 
 def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
@@ -396,7 +343,7 @@ class Agent(nn.Module):
     Trained: LoRA (by the policy's loss) and the critic (by the value's loss). Nothing else.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, norm: str = "word", max_prompts: int = 8):
+    def __init__(self, model: nn.Module, tokenizer, norm: str = "word", max_prompts: int = 4):
         super().__init__()
         self.model, self.tokenizer = add_lora(model).eval(), tokenizer  # eval: no dropout
         self.norm, self.max_prompts = norm, max_prompts
@@ -413,7 +360,8 @@ class Agent(nn.Module):
     def log_policy(self, states: list[tuple[str, tuple[str, ...]]]) -> list[torch.Tensor]:
         """log pi(. | s) for B states (prompt, actions): B tensors (K_b,), with gradients."""
         prompts, actions = zip(*states)
-        log_probs, n_tokens = action_log_probs(self.model, self.tokenizer, prompts, actions)
+        log_probs, n_tokens = action_log_probs(self.model, self.tokenizer, prompts, actions,
+                                               self.max_prompts)
         n_words = [torch.tensor([len(a.split()) for a in offered]) for offered in actions]
         scores = normalize(log_probs, n_tokens, n_words, self.norm)
         # pi(a | s) = exp(score_a) / sum_b exp(score_b)                       (Eq. 2, 3 or 4)
@@ -423,11 +371,8 @@ class Agent(nn.Module):
     def remembered_log_policy(self, states) -> list[torch.Tensor]:
         """The same without gradients. Between two updates the policy is fixed: each distinct
         state goes through the LM once, however often it is visited."""
-        new = sorted({s for s in states if s not in self.policy_memory})  # neighbours begin alike
-        for i in range(0, len(new), self.max_prompts):
-            chunk = new[i:i + self.max_prompts]
-            policies = self.log_policy(chunk)
-            self.policy_memory.update(zip(chunk, (policy.cpu() for policy in policies)))
+        if new := sorted(set(states) - self.policy_memory.keys()):  # neighbours begin alike
+            self.policy_memory |= zip(new, (policy.cpu() for policy in self.log_policy(new)))
         return [self.policy_memory[s] for s in states]
 
     @torch.no_grad()
@@ -458,8 +403,8 @@ class Agent(nn.Module):
 # 4. PPO: play with the present policy, judge each decision by what followed, move a little.
 # ==================================================================================================
 
-# One update is: rollout = collect(...); update_policy(...), which steps LoRA's AdamW; and
-# update_value(...), which steps the critic's Adam. `train` in section 5 repeats it.
+# One update is: rollout = collect(...); update_policy(...), which steps LoRA's Adam; and
+# update_value(...), which steps the critic's. `train` in section 5 repeats it.
 
 class Episode:
     """One environment being played: its present state in words, and what it has earned.
@@ -560,25 +505,24 @@ def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random
             action = sample(policy, u)
             reward, discount, terminated, truncated = episode.act(action)
             next_prompt = episode.state[0]  # before a new episode starts
-            done = terminated or truncated
             # The time limit is not part of the state, so it is no reason for a state to be worth
             # nothing: what would have followed is estimated by the critic. A success is the end.
             end = terminated or (truncated and not args.bootstrap_time_limit)
-            steps[-1].append((state, action, policy[action].item(), reward, discount, done, end,
-                              next_prompt))
-            if done:
+            steps[-1].append((state, action, policy[action].item(), reward, discount,
+                              terminated or truncated, end, next_prompt))
+            if terminated or truncated:
                 episodes.append((episode.info["success"], episode.ret, episode.length))
                 episode.start()
     everybody = gather_object([(steps, episodes)])  # one entry a process
     decisions = [decision for at_one_time in zip(*(steps for steps, _ in everybody))
                  for part in at_one_time for decision in part]  # by time, then by environment
-    states, chosen, log_prob, rewards, discounts, dones, ends, next_prompts = zip(*decisions)
+    states, chosen, log_prob, reward, discount, done, end, next_prompts = zip(*decisions)
     with torch.no_grad():
         value = agent.value([prompt for prompt, _ in states]).cpu()
-        next_value = agent.value(next_prompts).cpu() * ~torch.tensor(ends)
+        next_value = agent.value(next_prompts).cpu() * ~torch.tensor(end)
     grid = lambda x: torch.as_tensor(x, dtype=torch.float32).view(len(steps), -1)  # (T, N)
-    advantage = gae(grid(rewards), grid(discounts), grid(value), grid(next_value), grid(dones),
-                    args.gae_lambda).flatten()
+    advantage = gae(*map(grid, (reward, discount, value, next_value, done)), args.gae_lambda)
+    advantage = advantage.flatten()
     return Rollout(states, torch.tensor(chosen), torch.tensor(log_prob), value, advantage,
                    advantage + value, [e for _, episodes in everybody for e in episodes])
 
@@ -603,20 +547,20 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
     # Over the whole rollout. The authors' code does it over the 4 decisions that go through the LLM
     # together, where the sign of an advantage depends on its three neighbours.
     advantages = rollout.advantage
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    log = {"policy_loss": [], "entropy": [], "approx_kl": [], "clip_fraction": []}
+    advantages = (advantages - advantages.mean()) / (advantages.std() + args.min_std)
     team, weights = PartialState(), [p for p in agent.model.parameters() if p.requires_grad]
+    log = []
     for batch in minibatches(len(rollout.states), args, rng):
         # Each distinct state goes through the LM once; its decisions share the result.
         decisions = {}
         for i in batch:
             decisions.setdefault(rollout.states[i], []).append(i)
-        distinct = sorted(decisions)  # neighbours begin alike, so they share most of their tree
-        distinct = distinct[team.process_index::team.num_processes]  # this process' share
-        sums = dict.fromkeys(log, 0.0)
+        # Sorted, neighbours begin alike and share most of their tree. Each process has its share.
+        distinct = sorted(decisions)[team.process_index::team.num_processes]
+        sums = torch.zeros(4, device=weights[0].device)
         optimizer.zero_grad()
-        for j in range(0, len(distinct), args.max_prompts):
-            chunk = distinct[j:j + args.max_prompts]
+        for j in range(0, len(distinct), agent.max_prompts):
+            chunk = distinct[j:j + agent.max_prompts]
             policies = agent.log_policy(chunk)  # B tensors (K_b,)
             # The n decisions taken in these B states: which state, and which of the rollout.
             row = torch.tensor([b for b, s in enumerate(chunk) for _ in decisions[s]])  # (n,)
@@ -629,23 +573,21 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
             surrogate = torch.min(ratio * advantage, clipped * advantage)
             loss = -(surrogate + args.ent_coef * entropy).sum() / len(batch)
             loss.backward()  # gradients of the chunks add up to those of the minibatch
-            sums["policy_loss"] -= surrogate.sum().item()
-            sums["entropy"] += entropy.sum().item()
-            sums["approx_kl"] += (ratio - 1 - log_ratio).sum().item()  # of KL(pi_old || pi), >= 0
-            sums["clip_fraction"] += (ratio != clipped).sum().item()
+            kl = ratio - 1 - log_ratio  # an estimate of KL(pi_old || pi) that is never below 0
+            sums += torch.stack([-surrogate.sum(), entropy.sum(), kl.sum(),
+                                 (ratio != clipped).sum()]).detach()
         if team.num_processes > 1:  # the shares add up as well
             for p in weights:
                 p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
-            shares = gather_object([sums])
-            sums = {name: sum(share[name] for share in shares) for name in sums}
-        for name, total in sums.items():
-            log[name].append(total / len(batch))
-        if log["approx_kl"][-1] > args.target_kl:
+            sums = reduce(sums, "sum")
+        log.append(sums / len(batch))
+        if log[-1][2] > args.target_kl:
             break  # far enough; this step is not taken
         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
         optimizer.step()
     agent.policy_memory.clear()
-    return {name: float(np.mean(values)) for name, values in log.items()}
+    return dict(zip(("policy_loss", "entropy", "approx_kl", "clip_fraction"),
+                    torch.stack(log).mean(0).tolist()))
 
 
 def update_value(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> dict:
@@ -654,11 +596,9 @@ def update_value(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> 
 
         L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
     """
-    losses = []
-    prompts = [prompt for prompt, _ in rollout.states]
-    features = agent.features(prompts)
+    losses, features = [], agent.features([prompt for prompt, _ in rollout.states])
     old, returns = rollout.value.to(features.device), rollout.returns.to(features.device)
-    for batch in minibatches(len(prompts), args, rng):
+    for batch in minibatches(len(returns), args, rng):
         value = agent.critic(features[batch]).squeeze(-1)
         clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
@@ -680,7 +620,6 @@ def update_value(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> 
 METRICS = ["update", "env_steps", "episodes", "success", "return", "length", "policy_loss",
            "value_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance",
            "steps_per_second", "seconds"]
-CHECKPOINT_EVERY = 5        # updates: the most that a crash can lose
 EVALUATION_EPISODES = 100   # before training and after it
 
 
@@ -697,8 +636,7 @@ def load_lm(name: str, device: str, dtype: str):
     device = next(d for d in found if found[d]) if device == "auto" else device
     if not found[device]:
         raise UserError(f"--device {device}: torch finds no {device.upper()} device here")
-    if name == "pocket_lm":
-        name = str(Path(__file__).resolve().parent / name)
+    name = str(Path(__file__).resolve().parent / name) if name == "pocket_lm" else name
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{name!r} is not a model folder: it has no config.json")
@@ -713,8 +651,8 @@ def load_lm(name: str, device: str, dtype: str):
             name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:  # a damaged folder can fail in any way, in any library
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot load the model {name}: {reason[:300]}") from error
+        raise UserError(f"cannot load the model {name}: {' '.join(str(error).split())[:300]}"
+                        ) from error
     # transformers would fill these up with random numbers.
     if wrong := [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]:
         raise UserError(f"the model {name} is not whole: {len(wrong)} of its weights, such as "
@@ -736,6 +674,40 @@ def load_lm(name: str, device: str, dtype: str):
     if (a - b).abs().max() > a.abs().max() * (1e-4 if model.dtype == torch.float32 else 0.1):
         raise UserError(f"{name} is no causal LM: what it says about a word depends on later words")
     return model, tokenizer
+
+
+# Not every LM may be packed (section 2): sliding windows count
+# columns, ALiBi ignores positions, a state-space model has no mask. So each model is compared with
+# the definition at its first use, and again when a tree or a plain row is longer than any before.
+
+# model -> (longest tree, longest plain row) that agreed, in tokens; None: never pack
+packed_is_exact_up_to = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def may_pack(model, encoded) -> bool:
+    """Does packing give the defined numbers for this model, on a tree as large as this?"""
+    known = packed_is_exact_up_to.get(model, (0, 0))
+    if known is None:
+        return False
+    size = (len(as_tree(encoded)[0]),
+            max(len(prompt) + max(map(len, actions)) for prompt, actions in encoded))
+    if size[0] <= known[0] and size[1] <= known[1]:
+        return True
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bfloat16 rounds to 3 digits
+    defined = [plain_log_probs(model, [one])[0] for one in encoded]
+    try:
+        same = all(torch.allclose(a, b, rtol=tolerance / 10, atol=tolerance)
+                   for a, b in zip(packed_log_probs(model, encoded), defined))
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        same = False  # this architecture does not take a mask or positions of ours at all
+    packed_is_exact_up_to[model] = tuple(map(max, size, known)) if same else None
+    if not same:
+        print("note: this LM's attention cannot be packed; scoring one row for each action, "
+              "which is slower and gives the same numbers", file=sys.stderr)
+    return same
 
 
 def make_episode(args: Args) -> Episode:
@@ -768,9 +740,9 @@ def trained_parameters(agent: Agent) -> dict[str, torch.Tensor]:
 def save_checkpoint(run: Path, agent: Agent, optimizers: dict, progress: dict):
     """Write all that a resume needs into one file; a kill at any moment leaves old or new."""
     tensors = {f"weight.{n}": p.detach().contiguous() for n, p in trained_parameters(agent).items()}
-    for name, optimizer in optimizers.items():
+    for kind, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}.{i}.{key}": value.contiguous() for key, value in state.items()}
+            tensors |= {f"{kind}.{i}.{key}": value.contiguous() for key, value in state.items()}
     save_file(tensors, run / "checkpoint.tmp", metadata={"progress": json.dumps(progress)})
     os.replace(run / "checkpoint.tmp", run / "checkpoint.safetensors")
 
@@ -782,17 +754,14 @@ def load_checkpoint(run: Path, agent: Agent, optimizers: dict) -> dict:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
-        with torch.no_grad():
-            for name, parameter in trained_parameters(agent).items():
-                parameter.copy_(tensors[f"weight.{name}"])
-        for name, optimizer in optimizers.items():
-            state = {}
-            for key, value in tensors.items():
-                if key.startswith(name + "."):
-                    _, i, entry = key.split(".")
-                    state.setdefault(int(i), {})[entry] = value
-            optimizer.load_state_dict({"state": state,
-                                       "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, parameter in trained_parameters(agent).items():
+            parameter.data.copy_(tensors.pop(f"weight.{name}"))
+        states = {kind: {} for kind in optimizers}
+        for name, value in tensors.items():
+            kind, i, key = name.split(".")
+            states[kind].setdefault(int(i), {})[key] = value
+        for kind, optimizer in optimizers.items():
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": states[kind]})
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is missing, damaged or of another model ({error}); "
                         "start again with another --out") from error
@@ -814,123 +783,105 @@ def train(args: Args, run: Path):
     except OSError as error:
         raise UserError(f"cannot make the folder {run}: {error.strerror}") from error
     write_json(run / "config.json", asdict(args))
-    if args.method in ("zero-shot", "random"):  # nothing to train
-        before = evaluate(agent, args, EVALUATION_EPISODES)
-        print(f"{args.task}, {args.method}: {describe(before)}")
-        return write_summary(args, run, 0, 0.0, before, None)
-
     actor = [p for p in agent.model.parameters() if p.requires_grad]
-    print(f"{args.task}, {args.method}: {sum(p.numel() for p in agent.parameters()):,} weights, of "
-          f"which {sum(map(torch.numel, actor)):,} of the actor and "
-          f"{sum(map(torch.numel, agent.critic.parameters())):,} of the critic are trained")
-    optimizers = {"value": torch.optim.Adam(agent.critic.parameters(), args.value_lr, eps=1e-5)}
-    if actor:  # SayCan has none
-        optimizers["policy"] = torch.optim.AdamW(actor, args.policy_lr, eps=1e-5, weight_decay=0.0)
+    optimizers = {kind: torch.optim.Adam(weights, eps=1e-5) for kind, weights in (  # no decay
+        ("policy", actor), ("value", [*agent.critic.parameters()])) if weights}
     playing = [make_episode(args) for _ in range(args.n_envs)]
-    rng = random.Random(args.seed)
+    rng, rows = random.Random(args.seed), []
     steps_per_update = args.n_envs * args.rollout_steps * team.num_processes
     n_updates = max(1, args.steps // steps_per_update)
-    done, seconds, before, rows = 0, 0.0, None, []
+    if args.method in ("zero-shot", "random"):
+        n_updates = 0
 
     if (old / "checkpoint.safetensors").exists():
         progress = load_checkpoint(old, agent, optimizers)
-        saved = progress.get("args", {}).items()
-        if changed := [name for name, x in saved if x != getattr(args, name, x)]:
+        if changed := [name for name, x in progress["args"].items() if x != getattr(args, name)]:
             raise UserError(f"{old}/config.json and the checkpoint do not have the same "
                             f"{', '.join(changed)}; mend it, or start again with another --out")
-        done, rows, before = progress["update"], progress["rows"], progress["before"]
-        seconds = progress["seconds"]
-        version, internal, gauss = progress["rng"]
+        if len(progress["playing"]) != args.n_envs * team.num_processes:
+            raise UserError(f"{old} was made by {len(progress['playing']) // args.n_envs} "
+                            "processes; resume it with as many")
+        rows, before, (version, internal, gauss) = (progress[x] for x in ("rows", "before", "rng"))
         rng.setstate((version, tuple(internal), gauss))
-        states = progress["playing"]
-        if len(states) != args.n_envs * team.num_processes:
-            raise UserError(f"{old} was made by {len(states) // args.n_envs} processes; resume it "
-                            "with as many")
-        for episode, state in zip(playing, states[team.process_index * args.n_envs:]):
-            episode.obs, episode.info = episode.env.set_state(state["env"])
-            episode.ret, episode.length = state["ret"], state["length"]
+        for e, saved in zip(playing, progress["playing"][team.process_index * args.n_envs:]):
+            e.obs, e.info = e.env.set_state(saved["env"])
+            e.ret, e.length = saved["ret"], saved["length"]
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES)
-        print("before training:", describe(before))
+    print(f"{args.task}, {args.method}: {sum(p.numel() for p in agent.parameters()):,} weights, of "
+          f"which {sum(map(torch.numel, actor)):,} of the actor and "
+          f"{sum(map(torch.numel, agent.critic.parameters())):,} of the critic are trained\n"
+          f"before training: {describe(before)}")
 
-    def state_of_run() -> dict:
-        return {"update": done, "seconds": seconds, "before": before, "rng": rng.getstate(),
-                "args": asdict(args), "rows": rows,
-                "playing": gather_object([{"ret": e.ret, "length": e.length,
-                                           "env": e.env.get_state()} for e in playing])}
-
-    stop = []  # filled by the first Ctrl-C: the update at hand is finished, then the run is saved
-
-    def on_interrupt(signum, frame):
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(signum)
-        tqdm.write("stopping after this update; press Ctrl-C again to stop at once")
-
-    bar = tqdm(total=n_updates * steps_per_update, initial=done * steps_per_update, unit="step",
-               dynamic_ncols=True, disable=not team.is_main_process)
-    with open(run / "metrics.tmp", "w", newline="") as file:  # rows after the checkpoint come anew
-        csv.DictWriter(file, METRICS).writeheader()
-        csv.DictWriter(file, METRICS).writerows(rows)
-    os.replace(run / "metrics.tmp", run / "metrics.csv")
-    with open(run / "metrics.csv", "a", newline="") as file, bar, ExitStack() as at_exit:
-        at_exit.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, on_interrupt))
-        writer = csv.DictWriter(file, METRICS)
-        while done < n_updates and not any(gather_object([bool(stop)])):
+    seconds = float(rows[-1]["seconds"]) if rows else 0.0
+    bar = tqdm(total=n_updates * steps_per_update, initial=len(rows) * steps_per_update,
+               unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
+    try:
+        for update in range(len(rows), n_updates):
             started = time.perf_counter()
-            left = 1 - done / n_updates  # learning rates fall linearly to 0
-            for name, optimizer in optimizers.items():
-                optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * left
+            for kind, optimizer in optimizers.items():  # learning rates fall linearly to 0
+                rate = getattr(args, f"{kind}_lr") * (1 - update / n_updates)
+                optimizer.param_groups[0]["lr"] = rate
             log = dict.fromkeys(METRICS, "")
             try:
                 rollout = collect(agent, playing, args, rng)
                 if args.method == "saycan":
                     log |= update_affordance(agent, optimizers["value"], rollout, args, rng)
                 else:
-                    if done >= args.critic_warmup:
-                        log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
+                    log |= update_policy(agent, optimizers["policy"], rollout, args, rng)
                     log |= update_value(agent, optimizers["value"], rollout, args, rng)
                 if not (np.isfinite([x for x in log.values() if x != ""]).all() and all(
                         p.isfinite().all() for p in trained_parameters(agent).values())):
                     raise UserError("a loss or a weight is not finite; try lower learning rates")
             except UserError as error:
-                raise UserError(f"stopped at update {done + 1}: {error} (the last checkpoint is "
+                raise UserError(f"stopped at update {update + 1}: {error} (the last checkpoint is "
                                 "kept)") from error
-            done += 1
             took = time.perf_counter() - started
             seconds += took
-            log |= {"update": done, "env_steps": done * steps_per_update,
+            log |= {"update": update + 1, "env_steps": (update + 1) * steps_per_update,
                     "episodes": len(rollout.episodes), "steps_per_second": steps_per_update / took,
                     "seconds": seconds}
             if rollout.episodes:
                 log |= zip(("success", "return", "length"), np.mean(rollout.episodes, axis=0))
-            bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
-                "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
             rows.append({name: f"{x:.6g}" if isinstance(x, float) else x
                          for name, x in log.items()})
-            writer.writerow(rows[-1])
-            file.flush()
+            with open(run / "metrics.tmp", "w", newline="") as file:
+                csv.DictWriter(file, METRICS).writeheader()
+                csv.DictWriter(file, METRICS).writerows(rows)
+            os.replace(run / "metrics.tmp", run / "metrics.csv")
+            save_checkpoint(run, agent, optimizers, {
+                "args": asdict(args), "rows": rows, "before": before, "rng": rng.getstate(),
+                "playing": gather_object([{"ret": e.ret, "length": e.length,
+                                           "env": e.env.get_state()} for e in playing])})
+            bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
+                "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
             bar.update(steps_per_update)
-            if done % CHECKPOINT_EVERY == 0:
-                save_checkpoint(run, agent, optimizers, state_of_run())
-        save_checkpoint(run, agent, optimizers, state_of_run())  # also after Ctrl-C
-    if done < n_updates:
-        raise UserError(f"stopped after {done} of {n_updates} updates, nothing is lost; go on with "
-                        f"python twosome.py --resume {run}")
-    if args.method == "twosome":
-        agent.model.save_pretrained(run / "adapter")
-    elif args.method == "ppo":
-        save_file(agent.model.state_dict(), run / "actor.safetensors")
-    save_file(agent.critic.state_dict(), run / "critic.safetensors")
-    after = evaluate(agent, args, EVALUATION_EPISODES)
-    write_summary(args, run, done * steps_per_update, seconds, before, after)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped after {len(rows)} of {n_updates} updates; go on with "
+                                f"python twosome.py --resume {run}") from None
+    finally:
+        bar.close()
+    after = None
+    if n_updates:
+        if args.method == "twosome":
+            agent.model.save_pretrained(run / "adapter")
+        elif args.method == "ppo":
+            save_file(agent.model.state_dict(), run / "actor.safetensors")
+        save_file(agent.critic.state_dict(), run / "critic.safetensors")
+        after = evaluate(agent, args, EVALUATION_EPISODES)
+    write_json(run / "summary.json", {
+        "env": args.env, "task": args.task, "method": args.method, "norm": args.norm,
+        "model": args.model, "seed": args.seed, "env_steps": n_updates * steps_per_update,
+        "seconds": seconds, "before": before, "after": after})
+    if after is None:
+        return
     print("after training: ", describe(after))
     show_episode(agent, args)
-    best = OPTIMUM[args.task]
     print(f"""
-What was learned, in {seconds:.0f} s and {done * steps_per_update:,} decisions:
+What was learned, in {seconds:.0f} s and {n_updates * steps_per_update:,} decisions:
   success  {before['success']:.3f} -> {after['success']:.3f}   (best: 1)
-  return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: {best:.3f})
+  return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: \
+{OPTIMUM[args.task]:.3f})
 The run is in {run}: {", ".join(sorted(path.name for path in run.iterdir()))}.
 What to do next:
   python twosome.py --watch {run}   # see it decide, step by step
@@ -1003,7 +954,7 @@ class SayCan(Agent):
         nn.Module.__init__(self)
         self.model = llm.requires_grad_(False)  # never trained: so what it says is remembered
         self.critic = tanh_mlp(n_inputs, n_actions, gain=0.01)  # logits; all affordances near 1/2
-        self.max_prompts, self.policy_memory = 1024, {}
+        self.policy_memory = {}
 
     def affordance(self, seen, offered) -> list[torch.Tensor]:
         """Logits that the offered actions succeed: B tensors (K_b,)."""
@@ -1046,7 +997,8 @@ class RandomAgent(Agent):
 
     def __init__(self):
         nn.Module.__init__(self)
-        self.max_prompts, self.policy_memory = 1024, {}
+        self.model = self.critic = nn.Identity()  # nothing to train
+        self.policy_memory = {}
 
     def log_policy(self, states):
         return [torch.zeros(len(offered)).log_softmax(-1) for _, offered in states]
@@ -1100,13 +1052,6 @@ def play(agent: Agent, args: Args):
         yield episode, before, after, action
         _, _, terminated, truncated = episode.act(action)
         over = terminated or truncated
-
-
-def write_summary(args: Args, run: Path, env_steps: int, seconds: float, before, after):
-    write_json(run / "summary.json", {
-        "env": args.env, "task": args.task, "method": args.method, "norm": args.norm,
-        "model": args.model, "seed": args.seed, "env_steps": env_steps, "seconds": seconds,
-        "before": before, "after": after})
 
 
 def load_run(run: Path, given: dict) -> tuple[Args, Agent]:
@@ -1213,29 +1158,15 @@ def watch(agent: Agent, args: Args, tokens: bool, pace: float | None):
 # 9. The command line: flags to arguments, mistakes to one line.
 # ==================================================================================================
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for a mistake, and the nearest flag that exists."""
-
-    def error(self, message):
-        if message.startswith("unrecognized arguments: "):
-            words = message.split()[2:]
-            unknown = next((word for word in words if word.startswith("-")), words[0])
-            flags = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(unknown.split("=")[0], flags, 1)
-            message = (f"unknown flag {unknown}; " + (f"did you mean {near[0]}?" if near else
-                       "python twosome.py --help lists all flags"))
-        print(f"twosome.py: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def parse(argv) -> tuple[dict, dict]:
     """Return (flags that were given and are Args' fields, the mode's own flags)."""
-    parser = Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
+        allow_abbrev=False, exit_on_error=False)
     titles = {"env": "the run", "n_envs": "rollout", "gamma": "returns", "policy_lr": "update"}
     for f in fields(Args):
         if f.name in titles:
@@ -1254,7 +1185,17 @@ def parse(argv) -> tuple[dict, dict]:
     group.add_argument("--tokens", action="store_true", help="--watch: the tokens of each action")
     group.add_argument("--pace", type=float, help="--watch: seconds for each decision, instead of "
                        "waiting for Enter")
-    given = vars(parser.parse_args(argv))
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(error) from None
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        flags = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(word.split("=")[0], flags, 1)
+        raise UserError(f"unknown flag {word}; " + (f"did you mean {near[0]}?" if near else
+                                                    "python twosome.py --help lists all flags"))
+    given = vars(given)
     mode = {name: given.pop(name) for name in
             ("resume", "evaluate", "watch", "episodes", "tokens", "pace") if name in given}
     return given, mode
@@ -1277,8 +1218,8 @@ def finish(given: dict) -> Args:
     for name in ("steps", "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts"):
         if getattr(args, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1")
-    if args.critic_warmup < 0 or not -2**63 <= args.seed < 2**63:
-        raise UserError("--critic-warmup must be at least 0, and --seed a number of 64 bits")
+    if not -2**63 <= args.seed < 2**63:
+        raise UserError("--seed must be a number of 64 bits")
     for f in fields(Args):
         if f.type is float and not 0 <= getattr(args, f.name) < float("inf"):
             raise UserError(f"{flag(f.name)} must be a number, 0 or larger")
@@ -1357,8 +1298,8 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"twosome.py: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("twosome.py: stopped; what was saved last is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"twosome.py: {str(stop) or 'stopped; what was saved is kept'}", file=sys.stderr)
         raise SystemExit(130) from None
     except (OSError, SafetensorError) as error:  # disk full, folder not writable, ...
         print(f"twosome.py: {error}; what was saved last is kept, and --resume goes on from it",

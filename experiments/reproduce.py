@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -43,7 +44,12 @@ TASKS = ["tomato-salad", "tomato-lettuce-salad", "food-preparation", "entertainm
 UNSEEN = ["cheese", "hamburger", "apple-pie", "pizza", "washing-plate", "laundry"]
 HOUSEHOLD = ["food-preparation", "entertainment", *UNSEEN]
 # Chosen by looking at these seeds: the number of steps of entertainment, and nothing else.
-SEEDS = {"quick": [11], "full": [11, 12, 13, 14, 15]}
+SEEDS = {"quick": [11], "full": [11, 12, 13, 14, 15], "search": [101, 102, 103]}
+# The search for settings: what is changed of the defaults, for TWOSOME (per word) and for PPO.
+TRIALS = [{}, {"rollout_steps": 32}, {"rollout_steps": 32, "n_envs": 4}, {"target_kl": 0.05},
+          {"rollout_steps": 32, "target_kl": 0.05}, {"min_std": 0.1},
+          {"rollout_steps": 32, "min_std": 0.1}, {"rollout_steps": 32, "epochs": 8},
+          {"rollout_steps": 32, "policy_lr": 4e-3}, {"rollout_steps": 32, "policy_lr": 1e-3}]
 COST = {"tomato-salad": 15, "tomato-lettuce-salad": 170, "food-preparation": 20,
         "entertainment": 300}  # seconds of a TWOSOME run on one core, for the time that is left
 
@@ -72,7 +78,13 @@ def jobs(mode: str, lm: str) -> list[dict]:
                        "cost": COST[task] if cost is None else cost,
                        "given": {"env": env, "task": task, "seed": seed, "device": "cpu"} | given})
 
-    for seed in SEEDS[mode]:
+    for seed, trial in itertools.product(SEEDS["search"], TRIALS) if mode == "search" else ():
+        changes = ",".join(f"{name}={value}" for name, value in trial.items()) or "default"
+        for task in ("tomato-salad", "food-preparation"):
+            for method in ("twosome", "ppo"):
+                steps = TASK_STEPS[task] * (2 if method == "ppo" else 1)
+                add("search", task, f"{method}:{changes}", seed, cost=10 if method == "twosome" else 5, method=method, steps=steps, **trial)
+    for seed in SEEDS[mode] if mode != "search" else ():
         for task in TASKS if mode == "full" else ["tomato-salad", "food-preparation"]:
             add("E1", task, "random", seed, cost=5, method="random")
             add("E1", task, "zero-shot", seed, cost=5, method="zero-shot")
@@ -207,7 +219,7 @@ def run_job(job: dict):
                 if job["label"] != "ppo" or "entertainment" not in (task, job["task"]):
                     other, agent = twosome.load_run(run, {"task": task})
                     row[f"on_{task}"] = twosome.evaluate(agent, other, 100, "unseen")["success"]
-        if trained and args.method == "twosome":  # E3
+        if (trained or job["experiment"] == "search") and args.method == "twosome":  # E3
             _, agent = twosome.load_run(run, {})
             row["perplexity_before"], row["cloze_before"] = language_before(args.model)
             row["perplexity"], row["cloze"] = language(agent.model, agent.tokenizer)
@@ -455,7 +467,7 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("mode", choices=("quick", "full"))
+    parser.add_argument("mode", choices=("quick", "full", "search"))
     parser.add_argument("--only", metavar="NAME", help="one experiment (E1) or one job")
     parser.add_argument("--report", action="store_true", help="run nothing, write RESULTS.md")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
@@ -484,6 +496,8 @@ def main():
             run_all(todo, folder, given.workers)
         except KeyboardInterrupt:
             raise SystemExit("reproduce.py: stopped; the same command goes on from here") from None
+    if given.mode == "search":
+        return
     causes = folder / "causes.md"  # written by a person, after looking
     report(folder, given.mode, plan, causes.read_text() if causes.exists() else "")
     print(f"wrote {folder}/RESULTS.md")
