@@ -105,7 +105,9 @@ class Args:
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(
         True, "at the time limit add the critic's value of the state reached; paper: it is an end")
-    min_std: float = knob(1e-8, "added")
+    advantage_eps: float = knob(
+        1.0, "added to the standard deviation that advantages are divided by; paper: 1e-8, which "
+        "blows the critic's smallest errors up to full-size steps where nothing is earned")
     # --- update. A small LM must move much further from its prior than LLaMA-7B, hence the rates.
     policy_lr: float = knob(2e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
@@ -125,12 +127,13 @@ class Args:
 
 
 # Enough for pocket_lm, on seeds that no reported run uses.
-TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 15_360,
-              "food-preparation": 5_120, "entertainment": 40_960}
-# What an environment or a baseline has of its own; a flag overrides it. PPO's were found with as
-# many trials as TWOSOME's, about twenty settings each, on the same seeds (101 and 102).
+TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 12_800,
+              "food-preparation": 5_120, "entertainment": 30_720}
+# What an environment or a baseline has of its own; a flag overrides it. PPO's were searched as
+# TWOSOME's were, with as many trials on the same seeds (experiments/results/search.csv).
 OWN_KNOBS = {"overcooked": {"gamma": 0.99},
-             "ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4, "ent_coef": 0.01},
+             "ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4, "ent_coef": 0.01,
+                     "target_kl": 0.05, "advantage_eps": 0.1},
              "saycan": {"epochs": 10, "minibatches": 4}}
 
 
@@ -165,10 +168,10 @@ def build_prompt(obs: str, goal: str) -> str:
 def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
 
-    Prompt and action are tokenised together, because that is what the LM was trained on: most
-    tokenizers put the space between words into the next word's first token. Where the prompt ends
-    is then read off the character offsets. (The authors' code counts the tokens of the action
-    alone and takes 1 off for BOS: one too few where a tokenizer has no BOS.)
+    Both are tokenised as one text, which is what the LM was trained on: most tokenizers put the
+    space between words into the next word's token. Where the prompt ends is then read off the
+    character offsets. (The authors' code counts the tokens of the action alone and takes 1 off for
+    BOS: one too few where a tokenizer has no BOS.)
 
     Raises UserError if a token holds letters of both: P(action | prompt) is then not defined.
     """
@@ -203,8 +206,7 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     # The logits at column t predict the token at column t + 1.
     log_p = F.log_softmax(logits[:, :-1].float(), dim=-1)  # (R, L-1, V)
     log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (R, L-1)
-    columns = torch.arange(1, ids.shape[1], device=ids.device)
-    is_action = (columns >= starts) & (real[:, 1:] == 1)  # (R, L-1)
+    is_action = (real.cumsum(-1) > starts)[:, 1:] & (real[:, 1:] == 1)  # (R, L-1)
     return list((log_p * is_action).sum(-1).split([len(actions) for _, actions in encoded]))
 
 
@@ -216,9 +218,8 @@ def as_tree(encoded):
                                                +- wait
 
     Returns ids (L,), the token of each column; sees (L, L), True for the column itself and those
-    before it on its branch; and for each token of each action the column that predicts it, and
-    the token. (An action's last token predicts nothing that we need, so it gets no column: "egg",
-    "tomato" and "wait" are only asked for.)
+    before it on its branch; and for each token of each action the column that predicts it, and the
+    token. (An action's last token predicts nothing, so "egg", "tomato", "wait" get no column.)
     """
     columns, sources, targets = {}, [], []  # columns: (column of the token before, token) -> column
     for prompt, actions in encoded:
@@ -382,9 +383,8 @@ class Agent(nn.Module):
         That token is the only one that has seen the whole prompt. The adapter is off: with it on,
         each policy update would change the critic's input under its feet (and what is remembered
         here would be out of date); off, a prompt's features are constants, computed only once.
-        One prompt at a time, without padding: so they are the same to the last bit whatever other
-        prompts are asked for, the value of a state does not depend on its batch (the mistake of
-        reading column -1 of a padded batch), and a resumed run repeats an uninterrupted one.
+        One prompt at a time: a state's value must not depend on its batch (the mistake of reading
+        column -1 of a padded one), not even in the last bit, or a resumed run would differ.
         """
         for prompt in dict.fromkeys(p for p in prompts if p not in self.features_memory):
             ids, _ = encode(self.tokenizer, prompt, ("wait",))  # whatever follows, the same ids
@@ -427,11 +427,11 @@ class Episode:
         return build_prompt(self.obs, self.env.goal), tuple(self.info["actions"].values())
 
     def act(self, chosen: int):
-        """Take the chosen one (0 ... K-1) of the offered actions.
+        """Take the chosen one of the K offered actions: reward, discount, terminated, truncated.
 
-        Returns reward, discount, terminated, truncated. An Overcooked action is a macro-action
-        ("chop" is three strokes) of k primitive steps; its reward is already discounted inside,
-        and what comes after it is discounted by gamma^k: a semi-Markov decision process.
+        An Overcooked action is a macro-action ("chop" is three strokes) of k primitive steps; its
+        reward is already discounted inside, and what comes after it is discounted by gamma^k: a
+        semi-Markov decision process.
         """
         action = list(self.info["actions"])[chosen]  # its global index
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
@@ -459,9 +459,9 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
         delta_t = r_t + gamma^k_t V(s_{t+1}) - V(s_t)
         A_t     = delta_t + gamma^k_t lambda A_{t+1}, cut where an episode ends
 
-    discount is gamma^k_t. next_value is V of the state that the step led to, whatever comes in the
-    next row, and 0 where the episode really ended. done is 1 at both kinds of end, success and time
-    limit, so that nothing flows back from the next episode. With k_t = 1 it is the textbook's.
+    discount is gamma^k_t. next_value is V of the state that the step led to, 0 where the episode
+    really ended. done is 1 at both kinds of end, success and time limit: nothing flows back from
+    the next episode. With k_t = 1 it is the textbook's.
 
     A worked example, gamma 0.5, lambda 1, V = 0.2 and 0.4: a step of k = 2, then one of k = 1 that
     earns 1 and ends. The last advantage is 1 - 0.4 = 0.6; the one before it is
@@ -494,12 +494,11 @@ def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random
     Several processes (accelerate) play environments of their own, with random numbers as if one
     process played them all, and then tell each other everything.
     """
-    team = PartialState()  # of 1, mostly
-    steps, episodes = [], []
+    team, steps, episodes = PartialState(), [], []  # a team of 1, mostly
     for _ in range(args.rollout_steps):
         now = [episode.state for episode in playing]
-        draws = [rng.random() for _ in range(len(playing) * team.num_processes)]
-        draws = draws[len(playing) * team.process_index:]
+        draws = [[rng.random() for _ in playing] for _ in range(team.num_processes)]
+        draws = draws[team.process_index]
         steps.append([])
         for episode, state, policy, u in zip(playing, now, agent.remembered_log_policy(now), draws):
             action = sample(policy, u)
@@ -521,8 +520,8 @@ def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random
         value = agent.value([prompt for prompt, _ in states]).cpu()
         next_value = agent.value(next_prompts).cpu() * ~torch.tensor(end)
     grid = lambda x: torch.as_tensor(x, dtype=torch.float32).view(len(steps), -1)  # (T, N)
-    advantage = gae(*map(grid, (reward, discount, value, next_value, done)), args.gae_lambda)
-    advantage = advantage.flatten()
+    advantage = gae(*map(grid, (reward, discount, value, next_value, done)),
+                    args.gae_lambda).flatten()
     return Rollout(states, torch.tensor(chosen), torch.tensor(log_prob), value, advantage,
                    advantage + value, [e for _, episodes in everybody for e in episodes])
 
@@ -546,10 +545,10 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
     """
     # Over the whole rollout. The authors' code does it over the 4 decisions that go through the LLM
     # together, where the sign of an advantage depends on its three neighbours.
-    advantages = rollout.advantage
-    advantages = (advantages - advantages.mean()) / (advantages.std() + args.min_std)
-    team, weights = PartialState(), [p for p in agent.model.parameters() if p.requires_grad]
-    log = []
+    advantages = rollout.advantage - rollout.advantage.mean()
+    advantages = advantages / (advantages.std() + args.advantage_eps)
+    team, log = PartialState(), []
+    weights = [p for p in agent.model.parameters() if p.requires_grad]
     for batch in minibatches(len(rollout.states), args, rng):
         # Each distinct state goes through the LM once; its decisions share the result.
         decisions = {}

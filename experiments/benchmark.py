@@ -207,7 +207,7 @@ def iteration(way: str, agent, args):
         memory.clear()
     encode.cache_clear()
     actor = [p for p in agent.model.parameters() if p.requires_grad]
-    policy = torch.optim.AdamW(actor, args.policy_lr, eps=1e-5, weight_decay=0.0)
+    policy = torch.optim.Adam(actor, args.policy_lr, eps=1e-5)
     value = torch.optim.Adam(agent.critic.parameters(), args.value_lr, eps=1e-5)
     playing = [twosome.make_episode(args) for _ in range(args.n_envs)]
     rng, (collect, update_value, update_policy) = random.Random(args.seed), WAYS[way]
@@ -291,7 +291,7 @@ def where_our_time_goes(agent, args) -> dict:
                 (twosome.Agent, "features", "critic's features"), (twosome, "encode", "tokenising"),
                 (twosome, "packed_log_probs", "packing, masks, log-softmax"),
                 (torch.Tensor, "backward", "backward"), (twosome.Episode, "act", "environments"),
-                (torch.optim.AdamW, "step", "optimisers"), (torch.optim.Adam, "step", "optimisers"),
+                (torch.optim.Adam, "step", "optimisers"),
                 (torch.nn.utils, "clip_grad_norm_", "optimisers")):
             patches.enter_context(
                 patch.object(owner, function, part(name, getattr(owner, function))))
