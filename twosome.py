@@ -675,10 +675,9 @@ def load_lm(name: str, device: str, dtype: str):
     return model, tokenizer
 
 
-# Not every LM may be packed (section 2): sliding windows count
-# columns, ALiBi ignores positions, a state-space model has no mask. So each model is compared with
-# the definition at its first use, and again when a tree or a plain row is longer than any before.
-
+# Not every LM may be packed (section 2): sliding windows count columns, ALiBi ignores positions, a
+# state-space model has no mask. So each model is compared with the definition at its first use, and
+# again when a tree or a plain row is longer than any before.
 # model -> (longest tree, longest plain row) that agreed, in tokens; None: never pack
 packed_is_exact_up_to = weakref.WeakKeyDictionary()
 
@@ -1205,23 +1204,21 @@ def finish(given: dict) -> Args:
     own = OWN_KNOBS.get(given.get("env", Args.env), {}) | OWN_KNOBS.get(given.get("method"), {})
     args = Args(**(own | given))
     for f in fields(Args):
-        choices, value = f.metadata["choices"], getattr(args, f.name)
+        name, value, choices = flag(f.name), getattr(args, f.name), f.metadata["choices"]
         if choices and value not in choices:
-            raise UserError(f"{flag(f.name)} {value}: choose one of {', '.join(choices)}")
+            raise UserError(f"{name} {value}: choose one of {', '.join(choices)}")
+        if f.type is float and not 0 <= value < float("inf"):
+            raise UserError(f"{name} must be a number, 0 or larger")
+        if f.type is int and f.name != "seed" and f.name in given and value < 1:
+            raise UserError(f"{name} must be at least 1")
     tasks = list(ENVS[args.env].TASKS)
     args.task = args.task or tasks[0]
     if args.task not in tasks:
         raise UserError(f"--task {args.task}: {args.env} has the tasks {', '.join(tasks)}")
     if "steps" not in given:
         args.steps = TASK_STEPS.get(args.task, TASK_STEPS["food-preparation"])
-    for name in ("steps", "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{flag(name)} must be at least 1")
     if not -2**63 <= args.seed < 2**63:
         raise UserError("--seed must be a number of 64 bits")
-    for f in fields(Args):
-        if f.type is float and not 0 <= getattr(args, f.name) < float("inf"):
-            raise UserError(f"{flag(f.name)} must be a number, 0 or larger")
     if args.n_envs * args.rollout_steps < max(2, args.minibatches):
         raise UserError("--minibatches is larger than the number of decisions in a rollout")
     if args.gamma > 1 or args.gae_lambda > 1:
@@ -1293,18 +1290,15 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
+        raise SystemExit(main())
     except UserError as error:
-        print(f"twosome.py: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        message, code = error, 1
     except KeyboardInterrupt as stop:
-        print(f"twosome.py: {str(stop) or 'stopped; what was saved is kept'}", file=sys.stderr)
-        raise SystemExit(130) from None
+        message, code = str(stop) or "stopped; what was saved is kept", 130
     except (OSError, SafetensorError) as error:  # disk full, folder not writable, ...
-        print(f"twosome.py: {error}; what was saved last is kept, and --resume goes on from it",
-              file=sys.stderr)
-        raise SystemExit(1) from None
+        message, code = f"{error}; what was saved last is kept, and --resume goes on from it", 1
     except (torch.OutOfMemoryError, MemoryError):
-        print("twosome.py: out of memory; lower --max-prompts, or take --dtype bfloat16 or a "
-              "smaller model", file=sys.stderr)
-        raise SystemExit(1) from None
+        message, code = ("out of memory; lower --max-prompts, or take --dtype bfloat16 or a "
+                         "smaller model"), 1
+    print(f"twosome.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
