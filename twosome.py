@@ -2,7 +2,7 @@
 
 A language model knows what people usually do. It does not know what works here. TWOSOME (Tan et
 al., ICLR 2024, arXiv 2401.14151) asks it for the probability of every action that the
-environment offers, as the ending of one sentence, and takes these probabilities as a policy. From
+environment offers, as the ending of one sentence, and makes a policy of these probabilities. From
 then on it is ordinary reinforcement learning: act, see what was rewarded, and nudge a small
 adapter (LoRA) so that rewarded endings become likelier. The model itself stays frozen.
 
@@ -69,7 +69,7 @@ class UserError(Exception):
 
 
 # ==================================================================================================
-# 0. Arguments: every knob, why it stands where it stands, and where the paper had it. To look up.
+# 0. Arguments: every knob, the reason for its value, and the paper's value. To look up.
 # ==================================================================================================
 
 def knob(default, help, choices=None):
@@ -96,7 +96,7 @@ class Args:
                       "paper: float16 throughout", ("float32", "bfloat16"))
     # --- rollout
     n_envs: int = knob(8, "environments played side by side; paper: 4; the scores of a state are "
-                       "remembered, so more of them are almost free")
+                       "remembered, so more environments are almost free")
     rollout_steps: int = knob(64, "decisions of each environment between two updates; paper: 32; "
                               "ours is longer so that a rollout holds whole episodes")
     # --- returns
@@ -107,7 +107,8 @@ class Args:
         True, "at the time limit add the critic's value of the state reached; paper: it is an end")
     advantage_eps: float = knob(
         1.0, "added to the standard deviation that advantages are divided by; paper: 1e-8, which "
-        "blows the critic's smallest errors up to full-size steps where nothing is earned")
+        "blows the critic's smallest errors up to full-size steps where nothing is earned; ours is "
+        "large beside a standard deviation of 0.1 to 0.3: it leaves advantages nearly as they are")
     # --- update. A small LM must move much further from its prior than LLaMA-7B, hence the rates.
     policy_lr: float = knob(2e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
@@ -117,7 +118,7 @@ class Args:
     max_prompts: int = knob(4, "states that go through the LLM at once: memory grows with it, the "
                             "numbers stay the same but for rounding; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; divided by words, a "
+    ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; with --norm word a "
                            "small LM's policy explores enough, and as long as nothing is earned "
                            "the bonus alone would move it, away from what the LM knows")
     vf_coef: float = knob(0.5, "weight of the value loss; matters to max_grad_norm only, as the "
@@ -126,7 +127,7 @@ class Args:
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
 
 
-# Enough for pocket_lm, on seeds that no reported run uses.
+# Decisions in which pocket_lm learns each task, chosen on seeds that no reported run uses.
 TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 12_800,
               "food-preparation": 5_120, "entertainment": 30_720}
 # What an environment or a baseline has of its own; a flag overrides it. PPO's were searched as
@@ -164,6 +165,8 @@ def build_prompt(obs: str, goal: str) -> str:
 # 2. Scoring: how likely is each action as the ending of the prompt, in the eyes of the LM?
 # ==================================================================================================
 
+# In shapes: B states with K actions each, L tokens in a row, H hidden units, V words to predict.
+
 @functools.lru_cache(maxsize=100_000)  # the same states come back all the time
 def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
@@ -173,7 +176,8 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     character offsets. (The authors' code counts the tokens of the action alone and takes 1 off for
     BOS: one too few where a tokenizer has no BOS.)
 
-    Raises UserError if a token holds letters of both: P(action | prompt) is then not defined.
+    Raises UserError if a token holds letters of both, or if the action changes the prompt's own
+    tokens: P(action | prompt) is then not defined.
     """
     end, prompt_ids, action_ids = len(prompt), None, []
     batch = tokenizer([f"{prompt} {action}" for action in actions], return_offsets_mapping=True)
@@ -192,13 +196,13 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
 
 
 def plain_log_probs(model, encoded) -> list[torch.Tensor]:
-    """The definition: one row for each (prompt, action), the whole row through the LM.
+    """The definition: one row for each (prompt, action), R in all, each wholly through the LM.
 
         log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1})                     (paper, Eq. 1)
 
     encoded: B pairs from `encode`. Returns B float32 tensors (K_b,).
     """
-    pad = lambda rows: pad_sequence([torch.tensor(r) for r in rows], True).to(model.device)
+    pad = lambda rows: pad_sequence([*map(torch.tensor, rows)], batch_first=True).to(model.device)
     rows = [prompt + action for prompt, actions in encoded for action in actions]
     ids, real = pad(rows), pad([[1] * len(row) for row in rows])  # (R, L), filled with 0
     starts = pad([[len(prompt)] for prompt, actions in encoded for _ in actions])  # (R, 1)
@@ -211,7 +215,7 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
 
 
 def as_tree(encoded):
-    """Merge the rows of the definition where they begin alike, into a tree: a column a node.
+    """Merge the rows of the definition where they begin alike, into a tree of L columns.
 
         To make a salad, your next step is to -+- chop the -+- egg
                                                |            +- tomato
@@ -231,7 +235,7 @@ def as_tree(encoded):
                     targets.append(token)
                 if i < len(prompt) + len(action):
                     column = columns.setdefault((column, token), len(columns))
-    sees = np.eye(len(columns), dtype=bool)
+    sees = np.eye(len(columns), dtype=bool)  # a column comes after the one that it continues
     for column, (before, _) in enumerate(columns):
         if before >= 0:
             sees[column] |= sees[before]
@@ -239,12 +243,13 @@ def as_tree(encoded):
 
 
 def packed_log_probs(model, encoded) -> list[torch.Tensor]:
-    """The efficiency: the same numbers, with each distinct beginning computed once.
+    """The efficient way: the same numbers, with each distinct beginning computed once.
 
     Tokens influence each other only through attention. Here a token may look only at the tokens
-    before it on its own branch of the tree, and its position says how many these are. So it
-    computes exactly what it would in a row of its own; but the prompt, by far the longest part, is
-    computed once instead of K times, and so is whatever else the B states begin with.
+    before it on its own branch of the tree (the softmax of attention gives all others weight 0),
+    and its position says how many these are. So it computes what it would in a row of its own; but
+    the prompt, by far the longest part, is computed once instead of K times, and so is whatever
+    else the B states begin with.
     """
     ids, sees, sources, targets = as_tree(encoded)
     tensor = functools.partial(torch.tensor, device=model.device)
@@ -252,14 +257,13 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     # Added to the attention scores. finfo.min and not -inf, which some kernels turn into NaN.
     mask = torch.zeros_like(sees, dtype=model.dtype).masked_fill(
         ~sees, torch.finfo(model.dtype).min)
-    # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers. A token's
-    # position is the number of those before it on its branch: siblings have the same.
+    # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers.
     hidden = model.get_decoder()(
         input_ids=tensor([ids]), attention_mask=mask[None, None], use_cache=False,
         position_ids=sees.sum(-1)[None] - 1).last_hidden_state[0]  # (L, H)
-    # Logits only in the N columns that predict an action's token, once for all asked for there.
+    # Logits only in the M columns that predict an action's token, once for all asked for there.
     columns, source = tensor(sources).unique(return_inverse=True)
-    log_p = F.log_softmax(model.get_output_embeddings()(hidden[columns]).float(), dim=-1)  # (N, V)
+    log_p = F.log_softmax(model.get_output_embeddings()(hidden[columns]).float(), dim=-1)  # (M, V)
     token_log_probs = log_p[source, tensor(targets)]  # one for each token of each action
     lengths = [len(action) for _, actions in encoded for action in actions]
     log_probs = torch.stack([part.sum() for part in token_log_probs.split(lengths)])
@@ -274,7 +278,8 @@ def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[st
     max_prompts at a time: more share more, but attention costs the square of the tree's size.
     Returns (log_probs, n_tokens): B float32 tensors (K_b,), in nats, with gradients; and B int
     tensors (K_b,), the number of tokens of each action. No end mark is scored: "wait" is never less
-    likely than "wait here". Works for any Hugging Face causal LM with a fast tokenizer.
+    likely than "wait here". Works for any Hugging Face causal LM with a fast tokenizer: where an
+    architecture cannot be packed, section 5 (may_pack) finds out and the definition is used.
     """
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
     longest = max(len(prompt) + max(map(len, some)) for prompt, some in encoded)
@@ -352,9 +357,9 @@ class Agent(nn.Module):
             nn.Linear(model.get_output_embeddings().weight.shape[1], 1024), nn.ReLU(),  # from H
             nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device)
         # The critic starts at V = 0. So as long as no reward was met, all advantages are exactly 0.
-        # Those of a random critic would be its errors, scaled up to full-size updates (section 4)
-        # that spoil what the LM knows.
-        nn.init.zeros_(self.critic[-1].weight), nn.init.zeros_(self.critic[-1].bias)
+        # Those of a random critic would be its errors, and following them spoils what the LM knows.
+        nn.init.zeros_(self.critic[-1].weight)
+        nn.init.zeros_(self.critic[-1].bias)
         self.features_memory = {}  # prompt -> (H,): never changes, the LM is frozen
         self.policy_memory = {}    # (prompt, actions) -> (K,): holds until LoRA changes
 
@@ -383,11 +388,11 @@ class Agent(nn.Module):
         That token is the only one that has seen the whole prompt. The adapter is off: with it on,
         each policy update would change the critic's input under its feet (and what is remembered
         here would be out of date); off, a prompt's features are constants, computed only once.
-        One prompt at a time: a state's value must not depend on its batch (the mistake of reading
-        column -1 of a padded one), not even in the last bit, or a resumed run would differ.
+        One prompt at a time: a state's value must not depend on its batch (as it does where column
+        -1 of padded rows is read), not even in the last bit, or a resumed run would differ.
         """
         for prompt in dict.fromkeys(p for p in prompts if p not in self.features_memory):
-            ids, _ = encode(self.tokenizer, prompt, ("wait",))  # whatever follows, the same ids
+            ids, _ = encode(self.tokenizer, prompt, ("wait",))  # the same ids before any action
             ids = torch.tensor([ids], device=self.model.device)
             with self.model.disable_adapter():
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -404,7 +409,8 @@ class Agent(nn.Module):
 # ==================================================================================================
 
 # One update is: rollout = collect(...); update_policy(...), which steps LoRA's Adam; and
-# update_value(...), which steps the critic's. `train` in section 5 repeats it.
+# update_value(...), which steps the critic's. `train` in section 5 repeats it, with learning rates
+# that fall linearly.
 
 class Episode:
     """One environment being played: its present state in words, and what it has earned.
@@ -429,11 +435,11 @@ class Episode:
     def act(self, chosen: int):
         """Take the chosen one of the K offered actions: reward, discount, terminated, truncated.
 
-        An Overcooked action is a macro-action ("chop" is three strokes) of k primitive steps; its
-        reward is already discounted inside, and what comes after it is discounted by gamma^k: a
-        semi-Markov decision process.
+        An Overcooked action is a macro-action ("chop" is three strokes) of k primitive steps; the
+        environment discounts its reward inside, and what comes after it is discounted by gamma^k:
+        a semi-Markov decision process.
         """
-        action = list(self.info["actions"])[chosen]  # its global index
+        action = list(self.info["actions"])[chosen]  # its index among all actions
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
         k = self.info["primitive_steps"]
         self.ret += self.gamma ** self.length * reward
@@ -512,9 +518,8 @@ def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random
             if terminated or truncated:
                 episodes.append((episode.info["success"], episode.ret, episode.length))
                 episode.start()
-    everybody = gather_object([(steps, episodes)])  # one entry a process
-    decisions = [decision for at_one_time in zip(*(steps for steps, _ in everybody))
-                 for part in at_one_time for decision in part]  # by time, then by environment
+    played, finished = zip(*gather_object([(steps, episodes)]))  # one entry a process
+    decisions = sum(itertools.chain(*zip(*played)), [])  # by time, then by environment
     states, chosen, log_prob, reward, discount, done, end, next_prompts = zip(*decisions)
     with torch.no_grad():
         value = agent.value([prompt for prompt, _ in states]).cpu()
@@ -523,7 +528,7 @@ def collect(agent: Agent, playing: list[Episode], args: Args, rng: random.Random
     advantage = gae(*map(grid, (reward, discount, value, next_value, done)),
                     args.gae_lambda).flatten()
     return Rollout(states, torch.tensor(chosen), torch.tensor(log_prob), value, advantage,
-                   advantage + value, [e for _, episodes in everybody for e in episodes])
+                   advantage + value, sum(finished, []))
 
 
 def minibatches(n: int, args: Args, rng: random.Random):
@@ -543,9 +548,11 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
     On the first minibatch pi is pi_old and r is 1; it moves with each step, and clipping removes
     the incentive to move it further than eps.
     """
-    # Over the whole rollout. The authors' code does it over the 4 decisions that go through the LLM
-    # together, where the sign of an advantage depends on its three neighbours.
-    advantages = rollout.advantage - rollout.advantage.mean()
+    # Normalised over the whole rollout. (The authors' code does it over 4 decisions, where the sign
+    # of an advantage depends on its three neighbours.) Where nothing is earned, advantages are the
+    # critic's errors: divided by their own standard deviation they would weigh like a success.
+    # Adam does not undo it: it divides by the size of past gradients too, not of these alone.
+    advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     team, log = PartialState(), []
     weights = [p for p in agent.model.parameters() if p.requires_grad]
@@ -564,7 +571,8 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
             # The n decisions taken in these B states: which state, and which of the rollout.
             row = torch.tensor([b for b, s in enumerate(chunk) for _ in decisions[s]])  # (n,)
             index = torch.tensor([i for s in chunk for i in decisions[s]])  # (n,)
-            new_log_prob = pad_sequence(policies, True)[row, rollout.chosen[index]]  # (n,)
+            padded = pad_sequence(policies, batch_first=True)  # (B, longest K)
+            new_log_prob = padded[row, rollout.chosen[index]]  # (n,)
             entropy = torch.stack([-(p.exp() * p).sum() for p in policies])[row]  # (n,)
             log_ratio = new_log_prob - rollout.log_prob[index].to(new_log_prob.device)
             ratio, advantage = log_ratio.exp(), advantages[index].to(log_ratio.device)
@@ -580,7 +588,7 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
                 p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
             sums = reduce(sums, "sum")
         log.append(sums / len(batch))
-        if log[-1][2] > args.target_kl:
+        if log[-1][2] > args.target_kl:  # the KL
             break  # far enough; this step is not taken
         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
         optimizer.step()
@@ -590,8 +598,9 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
 
 
 def update_value(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) -> dict:
-    """Move the critic towards the returns; of the clipped and the plain error the larger counts.
-    (Of several processes each does the whole of this: it is little, and the same for all.)
+    """Move the critic towards the returns; of the clipped and the plain error the larger counts,
+    so that V, like the policy, has no reason to move further than eps in one update. (Of several
+    processes each does the whole of this: it is little, and the same for all.)
 
         L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
     """
@@ -703,7 +712,7 @@ def may_pack(model, encoded) -> bool:
         same = False  # this architecture does not take a mask or positions of ours at all
     packed_is_exact_up_to[model] = tuple(map(max, size, known)) if same else None
     if not same:
-        print("note: this LM's attention cannot be packed; scoring one row for each action, "
+        print("note: this LM cannot be packed; scoring one row for each action, "
               "which is slower and gives the same numbers", file=sys.stderr)
     return same
 
@@ -782,7 +791,7 @@ def train(args: Args, run: Path):
         raise UserError(f"cannot make the folder {run}: {error.strerror}") from error
     write_json(run / "config.json", asdict(args))
     actor = [p for p in agent.model.parameters() if p.requires_grad]
-    optimizers = {kind: torch.optim.Adam(weights, eps=1e-5) for kind, weights in (  # no decay
+    optimizers = {kind: torch.optim.Adam(weights, eps=1e-5) for kind, weights in (  # eps: paper's
         ("policy", actor), ("value", [*agent.critic.parameters()])) if weights}
     playing = [make_episode(args) for _ in range(args.n_envs)]
     rng, rows = random.Random(args.seed), []
@@ -817,7 +826,7 @@ def train(args: Args, run: Path):
     try:
         for update in range(len(rows), n_updates):
             started = time.perf_counter()
-            for kind, optimizer in optimizers.items():  # learning rates fall linearly to 0
+            for kind, optimizer in optimizers.items():  # learning rates fall linearly
                 rate = getattr(args, f"{kind}_lr") * (1 - update / n_updates)
                 optimizer.param_groups[0]["lr"] = rate
             log = dict.fromkeys(METRICS, "")
@@ -1121,7 +1130,7 @@ def watch(agent: Agent, args: Args, tokens: bool, pace: float | None):
 
     Plain characters only and no control codes, so it reads the same in a pipe or a notebook, where
     it does not wait."""
-    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
+    width = max(60, min(shutil.get_terminal_size((80, 24)).columns, 120))
     for number, (episode, before, after, action) in enumerate(play(agent, args), start=1):
         prompt, phrases = Episode.state.fget(episode)
         print(f"\n{f' decision {number} ':-^{width}}\n{episode.env.render()}\n")
