@@ -637,6 +637,14 @@ def write_json(path: Path, content: dict):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def write_metrics(run: Path, rows: list[dict]):
+    with open(run / "metrics.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(run / "metrics.tmp", run / "metrics.csv")
+
+
 def load_lm(name: str, device: str, dtype: str):
     """Return (model, tokenizer) from a folder or the Hub. Only safetensors, never remote code."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -809,6 +817,7 @@ def train(args: Args, run: Path):
             raise UserError(f"{old} was made by {len(progress['playing']) // args.n_envs} "
                             "processes; resume it with as many")
         rows, before, (version, internal, gauss) = (progress[x] for x in ("rows", "before", "rng"))
+        write_metrics(run, rows)  # the checkpoint's log is the true one
         rng.setstate((version, tuple(internal), gauss))
         for e, saved in zip(playing, progress["playing"][team.process_index * args.n_envs:]):
             e.obs, e.info = e.env.set_state(saved["env"])
@@ -852,10 +861,7 @@ def train(args: Args, run: Path):
                 log |= zip(("success", "return", "length"), np.mean(rollout.episodes, axis=0))
             rows.append({name: f"{x:.6g}" if isinstance(x, float) else x
                          for name, x in log.items()})
-            with open(run / "metrics.tmp", "w", newline="") as file:
-                csv.DictWriter(file, METRICS).writeheader()
-                csv.DictWriter(file, METRICS).writerows(rows)
-            os.replace(run / "metrics.tmp", run / "metrics.csv")
+            write_metrics(run, rows)
             save_checkpoint(run, agent, optimizers, {
                 "args": asdict(args), "rows": rows, "before": before, "rng": rng.getstate(),
                 "playing": gather_object([{"ret": e.ret, "length": e.length,
