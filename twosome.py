@@ -282,11 +282,6 @@ def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[st
     architecture cannot be packed, section 5 (may_pack) finds out and the definition is used.
     """
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
-    longest = max(len(prompt) + max(map(len, some)) for prompt, some in encoded)
-    context = getattr(model.config, "max_position_embeddings", None) or longest
-    if longest > context:
-        raise UserError(f"a prompt with its action has {longest} tokens and this model reads at "
-                        f"most {context}; choose a model with a longer context")
     log_probs = []
     for i in range(0, len(encoded), max_prompts):
         chunk = encoded[i:i + max_prompts]
@@ -329,18 +324,10 @@ def add_lora(model: nn.Module) -> nn.Module:
     LoRA replaces a frozen matrix W by W + (alpha / r) B A, with A (r, in) random and B (out, r)
     zero at first: before training the wrapped LM is the LM itself. peft freezes all but A and B.
     """
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets = ["q_proj", "v_proj"]
-    if not names.issuperset(targets):  # GPT-2, BLOOM, ... name or fuse these projections otherwise
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-            model.config.model_type, "all-linear")
-    # Mamba's kernel reads this matrix directly, past any LoRA, so peft refuses to adapt it.
-    exclude = ["out_proj"] if targets == "all-linear" else None
     # Rank r, alpha, dropout: the paper's. peft keeps A and B in float32, also over a bfloat16 LM:
     # in half precision a step of 5e-7, the paper's rate, would leave a weight of 0.01 as it is.
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, bias="none",
-                                            target_modules=targets, task_type="CAUSAL_LM",
-                                            exclude_modules=exclude))
+                                            task_type="CAUSAL_LM", **lora_targets(model)))
 
 
 class Agent(nn.Module):
@@ -579,15 +566,11 @@ def update_policy(agent: Agent, optimizer, rollout: Rollout, args: Args, rng) ->
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             surrogate = torch.min(ratio * advantage, clipped * advantage)
             loss = -(surrogate + args.ent_coef * entropy).sum() / len(batch)
-            loss.backward()  # gradients of the chunks add up to those of the minibatch
+            loss.backward()  # the gradients of the chunks add up
             kl = ratio - 1 - log_ratio  # an estimate of KL(pi_old || pi) that is never below 0
             sums += torch.stack([-surrogate.sum(), entropy.sum(), kl.sum(),
                                  (ratio != clipped).sum()]).detach()
-        if team.num_processes > 1:  # the shares add up as well
-            for p in weights:
-                p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
-            sums = reduce(sums, "sum")
-        log.append(sums / len(batch))
+        log.append(add_up(weights, sums) / len(batch))  # and so do those of several processes
         if log[-1][2] > args.target_kl:  # the KL
             break  # far enough; this step is not taken
         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
@@ -692,6 +675,27 @@ def load_lm(name: str, device: str, dtype: str):
     return model, tokenizer
 
 
+def lora_targets(model: nn.Module) -> dict:
+    """Where LoRA goes: the query and value projections, by the names of this architecture."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = ["q_proj", "v_proj"]
+    if not names.issuperset(targets):  # GPT-2, BLOOM, ... name or fuse these projections otherwise
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
+            model.config.model_type, "all-linear")
+    # Mamba's kernel reads out_proj directly, past any LoRA, so peft refuses to adapt it.
+    return {"target_modules": targets,
+            "exclude_modules": ["out_proj"] if targets == "all-linear" else None}
+
+
+def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
+    """Of several processes each has the gradients and sums of its share: now all have the whole."""
+    if PartialState().num_processes == 1:
+        return sums
+    for p in weights:
+        p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+    return reduce(sums, "sum")
+
+
 # Not every LM may be packed (section 2): sliding windows count columns, ALiBi ignores positions, a
 # state-space model has no mask. So each model is compared with the definition at its first use, and
 # again when a tree or a plain row is longer than any before.
@@ -701,12 +705,18 @@ packed_is_exact_up_to = weakref.WeakKeyDictionary()
 
 @torch.no_grad()
 def may_pack(model, encoded) -> bool:
-    """Does packing give the defined numbers for this model, on a tree as large as this?"""
+    """Does packing give the defined numbers for this model, on a tree as large as this?
+
+    Raises UserError if a row is longer than the model can read, packed or not."""
+    row = max(len(prompt) + max(map(len, actions)) for prompt, actions in encoded)
+    context = getattr(model.config, "max_position_embeddings", None) or row
+    if row > context:
+        raise UserError(f"a prompt with its action has {row} tokens and this model reads at most "
+                        f"{context}; choose a model with a longer context")
     known = packed_is_exact_up_to.get(model, (0, 0))
     if known is None:
         return False
-    size = (len(as_tree(encoded)[0]),
-            max(len(prompt) + max(map(len, actions)) for prompt, actions in encoded))
+    size = len(as_tree(encoded)[0]), row
     if size[0] <= known[0] and size[1] <= known[1]:
         return True
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1  # bfloat16 rounds to 3 digits
