@@ -3,7 +3,7 @@
     python experiments/reproduce.py quick            # at most 15 minutes on two cores: one seed
     python experiments/reproduce.py full             # at most 4 hours on two cores: five seeds
     python experiments/reproduce.py full --only E4   # only the jobs of one experiment
-    python experiments/reproduce.py full --only tomato-salad-word-seed11    # one row of runs.csv
+    python experiments/reproduce.py full --only tomato-salad-word-seed21    # one row of runs.csv
     python experiments/reproduce.py full --report    # only tables and figures, from what is there
 
 A job is one run of twosome.py with one seed, and what is measured on the agent that it leaves. Each
@@ -301,14 +301,13 @@ def verdicts(pick, n_seeds: int) -> list[str]:
         if not ours or not ppo:
             continue
         mine, its = numbers(ours, "steps_to_90"), numbers(ppo, "steps_to_90")
-        # A run that never gets there counts with its whole budget, for either method.
-        budget = float(ours[0]["env_steps"])
-        mean_mine = (sum(mine) + budget * (len(ours) - len(mine))) / len(ours)
-        mean_its = (sum(its) + budget * (len(ppo) - len(its))) / len(ppo)
+        # A run that never gets there counts with all its steps; PPO has twice as many.
+        mean_mine, mean_its = (sum(float(r["steps_to_90"] or r["env_steps"]) for r in rows)
+                               / len(rows) for rows in (ours, ppo))
         fast = len(mine) == len(ours) and (not its or mean_mine <= mean_its / 3)
         say(fast, f"{task}: 90% success in at most a third of PPO's steps: TWOSOME {never(ours)}, "
                   f"PPO {never(ppo)}, ratio {mean_mine / mean_its:.2f}"
-                  + " (a seed that never got there counts with the whole budget)"
+                  + " (a seed that never got there counts with all its steps)"
                   * (len(its) < len(ppo)))
         final = numbers(ours, "success")
         others = {label: numbers(pick(task, label), "success") for label in ("saycan", "zero-shot")}
@@ -345,7 +344,7 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
         return [row for row in rows if (row["task"], row["label"]) == (task, label)]
 
     missing = [job["name"] for job in plan if job["name"] not in {row["name"] for row in rows}]
-    tasks = [task for task in TASKS if pick(task, "word")]
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     labels = ["word", "token", "none", "ppo", "saycan", "zero-shot", "random"]
     command = f"python experiments/reproduce.py {mode} --only"
     out = [f"# Results ({mode})\n",
@@ -437,17 +436,21 @@ def report(folder: Path, mode: str, plan: list[dict], causes: str):
         return {task: {name: numbers(pick(*where(task)), measure(task))
                        for name, (where, measure) in chosen.items()} for task in tasks}
 
-    plot.learning_curves(panels({
-        "word": "TWOSOME, per word", "token": "TWOSOME, per token", "none": "TWOSOME, undivided",
-        "saycan": "SayCan", "ppo": "PPO"}, tasks), folder / "e1_curves.png")
-    plot.bars(values(UNSEEN, {
-        f"trained on {t}": (lambda _, t=t: (t, "word"), lambda task: f"on_{task}")
-        for t in household} | {"untrained LLM": (lambda task: (task, "zero-shot"),
-                                                 lambda _: "success")}),
-        folder / "e2_unseen.png", "success", line=0.8)
-    plot.bars({task: {label: [100 * (float(x["perplexity"]) / float(x["perplexity_before"]) - 1)
-                              for x in pick(task, label)] for label in ("word", "token", "none")}
-               for task in tasks}, folder / "e3_perplexity.png", "perplexity, change in %", line=2)
+    if drawn := panels({
+            "word": "TWOSOME, per word", "token": "TWOSOME, per token",
+            "none": "TWOSOME, undivided", "saycan": "SayCan", "ppo": "PPO"}, tasks):
+        plot.learning_curves(drawn, folder / "e1_curves.png")
+    if household:
+        plot.bars(values(UNSEEN, {
+            f"trained on {t}": (lambda _, t=t: (t, "word"), lambda task: f"on_{task}")
+            for t in household} | {"untrained LLM": (lambda task: (task, "zero-shot"),
+                                                     lambda _: "success")}),
+            folder / "e2_unseen.png", "success", line=0.8)
+    change = {task: {label: [100 * (float(x["perplexity"]) / float(x["perplexity_before"]) - 1)
+                             for x in pick(task, label)] for label in ("word", "token", "none")}
+              for task in tasks if pick(task, "word")}
+    if change:
+        plot.bars(change, folder / "e3_perplexity.png", "perplexity, change in %", line=2)
     for number, which in (("e4_principles", PRINCIPLES),
                           ("e5_decisions", ["all-actions", "time-limit-ends", "eps-1e-8"]),
                           ("e6_tiny1m", ["tiny1m"])):
@@ -471,16 +474,22 @@ def main():
     chosen = [job for job in plan if given.only in (None, job["experiment"], job["name"])]
     if not chosen:
         raise SystemExit(f"reproduce.py: --only {given.only}: no such experiment or job; "
-                         "experiments are E1 to E6, jobs are named in runs.csv")
+                         "experiments are E1, E2, E4, E5 and E6 (E2's trained agents and E3 are "
+                         "measured in E1's jobs), jobs are named in runs.csv")
     done = {row["name"] for row in read_csv(folder / "runs.csv")}
     if given.only in done:  # one row again, to compare
         (old,) = (row for row in read_csv(folder / "runs.csv") if row["name"] == given.only)
+        shutil.rmtree(chosen[0]["run"], ignore_errors=True)
         _, new, curve = run_job(chosen[0])
-        for column in COLUMNS if curve is not None else ():
+        if curve is None:
+            raise SystemExit(f"reproduce.py: {given.only} could not run: {new}")
+        for column in COLUMNS:
             print(f"{column:20} {old[column]:>12} {new.get(column, ''):>12}")
-        return
+        return shutil.rmtree(chosen[0]["run"])
     todo = [job for job in chosen if job["name"] not in done]
     print(f"{len(chosen)} jobs, {len(chosen) - len(todo)} of them done before")
+    if given.report and not done:
+        raise SystemExit("reproduce.py: nothing to report yet; run without --report first")
     if todo and not given.report:
         try:
             run_all(todo, folder, given.workers)
