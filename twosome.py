@@ -131,7 +131,7 @@ class Args:
 TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 12_800,
               "food-preparation": 5_120, "entertainment": 30_720}
 # What an environment or a baseline has of its own; a flag overrides it. PPO's were searched as
-# TWOSOME's were, with as many trials on the same seeds (experiments/results/search.csv).
+# TWOSOME's were, on the same seeds (all trials: experiments/results/search.csv).
 OWN_KNOBS = {"overcooked": {"gamma": 0.99},
              "ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4, "ent_coef": 0.01,
                      "target_kl": 0.05, "advantage_eps": 0.1},

@@ -15,9 +15,9 @@ memory     CPU: resident memory, each way in a fresh process; CUDA: allocated me
 parity     the largest difference of a probability between the two ways, over all states of the
            rollout, after one update; above 1e-5 in float32 this script fails
 
-A warm-up comes before the clock runs (of the iteration only ours, which has something to warm up). It
-includes may_pack's check of the model against the definition, which is therefore in no time below; on
-CPU it is in the memory of our way.
+A warm-up comes before the clock runs (of the iteration only ours, which has something to warm).
+It includes may_pack's check of the model against the definition, which is therefore in no time
+below; on CPU it is in the memory of our way.
 
 llama-15m and llama-7b are made here with random weights: time and memory depend on the shape. They
 use pocket_lm's tokenizer, whose 560 ids are valid in a vocabulary of 32,000; a real tokenizer of
