@@ -1334,6 +1334,18 @@ def test_plots(finished, monkeypatch, capsys):
         plot.main()
 
 
+def test_benchmark():
+    """Otherwise the claim of speed could no longer be checked, or the two ways would differ."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "benchmark.py"), "--tasks", "tomato-salad",
+         "--repeats", "1", "--rollout-steps", "8", "--out", "b.json"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    task = json.loads(Path("b.json").read_text())["tasks"]["tomato-salad"]
+    assert task["parity"] < 1e-5 and task["same decisions"]
+    assert task["plain"]["tokens, with gradients"] > 5 * task["ours"]["tokens, with gradients"]
+
+
 def test_missing_matplotlib_is_one_line(monkeypatch):
     """Otherwise a package that is optional would end in a traceback."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -42,6 +42,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,8 +65,8 @@ def to_policy(log_probs, states) -> list[torch.Tensor]:
 
 
 def padded(rows, device) -> dict[str, torch.Tensor]:
-    return {"input_ids": twosome.pad_rows(rows, 0, device),
-            "attention_mask": twosome.pad_rows([[1] * len(row) for row in rows], 0, device)}
+    pad = lambda lists: pad_sequence([*map(torch.tensor, lists)], batch_first=True).to(device)
+    return {"input_ids": pad(rows), "attention_mask": pad([[1] * len(row) for row in rows])}
 
 
 def plain_log_policy(agent, states) -> list[torch.Tensor]:
