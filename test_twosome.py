@@ -1372,7 +1372,8 @@ def readme_blocks(language: str) -> list[str]:
 def test_readme_commands_are_understood():
     """Otherwise the README would teach flags or files that do not exist."""
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"python (\S+\.py)([^`\n#|;&]*)", "\n".join(readme_blocks("bash")))
+    commands = re.findall(r"python (\S+\.py)([^`\n#|;&]*)", "\n".join(
+        readme_blocks("bash")).replace("\\\n", " "))
     commands += re.findall(r"`python (\S+\.py)([^`]*)`", text.replace("\\|", "|"))
     assert len(commands) > 10
     for script, flags in commands:
