@@ -1,5 +1,9 @@
 """Overcooked as a text game: one cook, one small kitchen, one salad to serve.
 
+    env = OvercookedText(task="tomato-salad")  # OvercookedText.TASKS names all tasks
+    obs, info = env.reset()  # "You are in the middle of the kitchen. You see a tomato on ..."
+    obs, reward, terminated, truncated, info = env.step(0)  # the index of an action
+
 The kitchen has 7 x 7 cells; the cook "@" walks on the inner 5 x 5 floor. Row 0 is the top, and a
 cell is (row, column). Everything of interest stands on the counters along the border:
 
@@ -14,52 +18,43 @@ cell is (row, column). Everything of interest stands on the counters along the b
 
 "tomato-salad" has the tomato and the upper cutting board only: chop the tomato, put it in the bowl,
 serve the bowl. "tomato-lettuce-salad" is the whole picture; no salad needs its onion.
-
 The cook sees two cells in every direction (a 5 x 5 window), so a trip to the table means losing
-sight of the cutting boards: the observation is less than the state.
+sight of the cutting boards: the observation is less than the state. Nothing is random.
 
-**Macro-actions.** An action is a whole errand ("pick up the tomato", "serve the bowl ..."): walk to
-the counter in question, then act there. It takes k primitive steps, one for each cell walked and
-one for the act. Every primitive step costs 0.001; chopping a food of the recipe earns 0.2, serving
-the right salad 1 (the episode then ends), and serving anything else costs 0.1 and sends the served
-things back to where they came from, raw again.
+**Macro-actions.** An action is a whole errand ("pick up the tomato"): walk to a counter, then act
+there. It takes k primitive steps: one for each cell walked, one for the act (three to chop). Each
+costs 0.001. Chopping a food of the recipe earns 0.2; serving the right salad earns 1 and ends the
+episode; serving anything else costs 0.1 and sends it back to where it came from, raw again.
 
 **Why it is semi-Markov.** Actions last differently long, and time has a price: a reward that comes
-i primitive steps from now counts gamma^i. Inside a macro-action the environment does this itself,
-
-    reward = r_0 + gamma r_1 + ... + gamma^(k-1) r_(k-1),
-
-so what follows the macro-action starts k steps later and is to be discounted by gamma^k, not gamma:
-Q(s, a) = reward + gamma^k V(s'). The learner finds k in info["primitive_steps"].
-
-    env = OvercookedText("tomato-salad")
-    obs, info = env.reset()     # "You are in the middle of the kitchen. You see a tomato on ..."
-    obs, reward, terminated, truncated, info = env.step(0)      # 0: see info["actions"]
+i primitive steps from now counts gamma^i. Inside a macro-action the environment does this itself:
+reward = r_0 + gamma r_1 + ... + gamma^(k-1) r_(k-1). What follows it is k steps later, and to be
+discounted by gamma^k, not gamma: Q(s, a) = reward + gamma^k V(s'). info["primitive_steps"] is k.
 """
-from functools import lru_cache
-from typing import NamedTuple
+from copy import deepcopy
+from dataclasses import dataclass
 
 import numpy as np
 
 Cell = tuple[int, int]
-
+MAX_STEPS = 200  # primitive steps in an episode; the last macro-action may run past it
+STEP_COST, CHOP_REWARD, SERVE_REWARD, WRONG_COST = -0.001, 0.2, 1.0, -0.1
 HOME: dict[str, Cell] = {"tomato": (0, 5), "lettuce": (1, 6), "onion": (2, 6), "bowl": (6, 5)}
 START, SERVING = (1, 4), (3, 0)
-UNSEEN = (0, 0)         # how the symbolic observation writes "out of view"; nothing is ever there
-VIEW = 2                # cells that the cook sees in each direction
-MAX_STEPS = 200         # primitive steps in an episode; the last macro-action may run past it
-STEP_COST, CHOP_REWARD, SERVE_REWARD, WRONG_COST = -0.001, 0.2, 1.0, -0.1
+VIEW = 2  # cells that the cook sees in each direction
 
 
-class Kitchen(NamedTuple):
-    goal: str                   # a clause: "To <goal>, your next step is to ..."
-    foods: tuple[str, ...]      # in the order of actions and observation
+@dataclass(frozen=True)
+class Kitchen:
+    """What a task is about."""
+    goal: str  # a clause: "To {goal}, your next step is to ..."
+    foods: tuple[str, ...]  # in the order of actions and observation
     recipe: frozenset[str]
-    recipe_index: int           # the recipe's place in the one-hot end of the observation
-    boards: dict[Cell, str]     # cell -> what the text calls the board there
+    recipe_index: int  # the recipe's place in the one-hot end of the vector
+    boards: dict[Cell, str]  # cell -> what the text calls the board there
 
 
-KITCHENS = {
+TASKS = {
     "tomato-salad": Kitchen(
         "serve a salad of chopped tomato in a bowl",
         ("tomato",), frozenset({"tomato"}), 0, {(1, 0): "the cutting board"}),
@@ -70,309 +65,262 @@ KITCHENS = {
 }
 
 
+@dataclass
+class State:
+    """All that changes in the kitchen."""
+    agent: Cell  # where the cook stands
+    place: dict[str, Cell | str]  # item -> a counter's cell, "hand" or, of a food, "bowl"
+    chopped: set[str]
+
+
+class OvercookedText:
+    """One cook in one kitchen, with Gymnasium's calls. `step` takes the index of an action.
+    gamma: the discount of one primitive step, used inside a macro-action.
+    Raises ValueError when `task` is none of TASKS."""
+    TASKS = tuple(TASKS)
+    # The best discounted return of each task with gamma 0.99, by exact search over all states.
+    OPTIMUM = {"tomato-salad": 0.92052, "tomato-lettuce-salad": 0.94766}
+
+    def __init__(self, task: str = "tomato-salad", gamma: float = 0.99):
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; valid tasks: {', '.join(TASKS)}")
+        self.task, self.gamma, self.kitchen = task, gamma, TASKS[task]
+        self.goal = self.kitchen.goal
+        self._actions = [*(("fetch", item) for item in (*self.kitchen.foods, "bowl")),
+                         *(("use", board) for board in self.kitchen.boards),
+                         ("serve", SERVING), ("chop", None)]
+        self.n_actions = len(self._actions)
+        self._told: dict[tuple, tuple] = {}  # vector -> (observation text, phrases)
+        self.reset()
+        self._running = False  # until the caller begins an episode
+
+    def reset(self, seed: int = 0) -> tuple[str, dict]:
+        """Begin an episode. Returns (obs, info). Nothing is random: `seed` makes no difference."""
+        place = {item: HOME[item] for item in (*self.kitchen.foods, "bowl")}
+        self._state, self._steps, self._running = State(START, place, set()), 0, True
+        return self._observe()
+
+    def step(self, action: int) -> tuple[str, float, bool, bool, dict]:
+        """Carry out a macro-action to its end. Returns (obs, reward, terminated, truncated, info).
+        info["changed"] says whether it changed the state, be it only where the cook stands.
+        Raises RuntimeError when no episode is running, ValueError when `action` is no index."""
+        if not self._running:
+            raise RuntimeError("no episode is running: call reset()")
+        if not isinstance(action, (int, np.integer)) or not 0 <= action < self.n_actions:
+            raise ValueError(f"action {action!r} is no integer from 0 to {self.n_actions - 1}")
+        before = deepcopy(self._state)
+        k, event = self._do(*self._actions[action])  # any event falls on the last primitive step
+        reward = sum(STEP_COST * self.gamma ** i for i in range(k)) + self.gamma ** (k - 1) * event
+        self._steps += k
+        obs, info = self._observe(primitive_steps=k)
+        info["changed"] = self._state != before
+        terminated = info["success"]
+        truncated = not terminated and self._steps >= MAX_STEPS
+        self._running = not (terminated or truncated)
+        return obs, reward, terminated, truncated, info
+
+    # --- The rules --------------------------------------------------------------------------------
+    def _do(self, verb: str, noun: Cell | str | None) -> tuple[int, float]:
+        """Carry out a macro-action. Returns its primitive steps, and the reward of its event."""
+        state, kitchen, held = self._state, self.kitchen, self._item_at("hand")
+        if verb == "chop":
+            food = self._raw_food_here()
+            if held or food is None:  # full hands cannot chop, but the three steps pass
+                return 3 if food else 1, 0.0
+            state.chopped.add(food)
+            return 3, CHOP_REWARD if food in kitchen.recipe else 0.0
+
+        cell = self._cell(noun) if verb == "fetch" else noun
+        if verb == "fetch" and state.place[noun] in ("hand", "bowl"):
+            # A food stays in the bowl, but the cook walks until it sees that it is in there.
+            moves = 0 if self._visible(cell) else self._walk((cell[0], cell[1] + VIEW))
+            return moves + 1, 0.0
+        moves, there = self._walk(face(cell)), self._item_at(cell)
+        raw = noun in kitchen.foods and noun not in state.chopped
+        if raw and cell in kitchen.boards or held is None and verb != "fetch":
+            return max(moves, 1), 0.0  # nothing to do there: a raw food stays on its board
+
+        if verb == "serve":
+            served = {held, *self._in_bowl()} if held == "bowl" else {held}
+            if served == kitchen.recipe | {"bowl"}:
+                state.place["bowl"] = SERVING
+                return moves + 1, SERVE_REWARD
+            state.place |= {item: HOME[item] for item in served}
+            state.chopped -= served
+            return moves + 1, WRONG_COST
+
+        food = there if held == "bowl" else held
+        if "bowl" in (held, there) and food in state.chopped:  # the bowl ends up in the hand
+            state.place |= {food: "bowl", "bowl": "hand"}
+            return moves + (2 if noun == "bowl" else 1), 0.0  # 2: put the food in, take the bowl
+        if held is None:
+            state.place[noun] = "hand"
+        elif there is None:
+            state.place[held] = cell
+        return moves + 1, 0.0
+
+    def _walk(self, to: Cell) -> int:
+        """Go there, and return the number of moves: the floor has no obstacles."""
+        agent, self._state.agent = self._state.agent, to
+        return abs(agent[0] - to[0]) + abs(agent[1] - to[1])
+
+    def _item_at(self, place: Cell | str) -> str | None:
+        return next((item for item, at in self._state.place.items() if at == place), None)
+
+    def _in_bowl(self) -> list[str]:
+        return [food for food in self.kitchen.foods if self._state.place[food] == "bowl"]
+
+    def _raw_food_here(self) -> str | None:
+        """What can be chopped where the cook stands."""
+        state, boards = self._state, self.kitchen.boards
+        here = [self._item_at(board) for board in boards if face(board) == state.agent]
+        raw = [item for item in here if item in self.kitchen.foods and item not in state.chopped]
+        return raw[0] if raw else None
+
+    def _cell(self, item: str) -> Cell:
+        """Where an item is, also in the hand or in the bowl."""
+        place = self._state.place
+        cell = place["bowl"] if place[item] == "bowl" else place[item]
+        return self._state.agent if cell == "hand" else cell
+
+    def _visible(self, cell: Cell) -> bool:
+        agent = self._state.agent
+        return max(abs(cell[0] - agent[0]), abs(cell[1] - agent[1])) <= VIEW
+
+    def _success(self) -> bool:
+        return self._state.place["bowl"] == SERVING
+
+    # --- The observation in words -----------------------------------------------------------------
+    def _observe(self, primitive_steps: int = 0) -> tuple[str, dict]:
+        vector = self._vector()
+        if vector not in self._told:  # text and phrases depend on the vector alone
+            phrases = {index: self._phrase(*pair) for index, pair in enumerate(self._actions)}
+            self._told[vector] = self._text(), phrases
+        obs, phrases = self._told[vector]
+        return obs, {"actions": dict(phrases), "vector": np.array(vector, dtype=np.float32),
+                     "primitive_steps": primitive_steps, "success": self._success()}
+
+    def _vector(self) -> tuple[int, ...]:
+        """The symbolic observation, in the reference's order: row, column and chop count (0 or 3)
+        of each food; row and column of the bowl, each board, the serving counter and the cook; the
+        recipe (7, one-hot). 18 numbers, or 26. Out of view: zeros."""
+        state, kitchen, vector = self._state, self.kitchen, []
+        for item in state.place:  # the foods, then the bowl
+            visible = self._visible(self._cell(item))
+            vector += self._cell(item) if visible else (0, 0)
+            if item != "bowl":
+                vector.append(3 if visible and item in state.chopped else 0)
+        for cell in (*kitchen.boards, SERVING, state.agent):
+            vector += cell if self._visible(cell) else (0, 0)
+        return (*vector, *(int(i == kitchen.recipe_index) for i in range(7)))
+
+    def _text(self) -> str:
+        """The observation in English. Different vectors have different texts."""
+        place, boards, held = self._state.place, self.kitchen.boards, self._item_at("hand")
+        spots = {START: "in the middle of the kitchen", face(HOME["bowl"]): "at the shelf",
+                 face(HOME["tomato"]): "at the table", face(SERVING): "at the serving counter",
+                 face(HOME["onion"]): "at the end of the table"}
+        for (row, column), board in boards.items():
+            spots |= {(row, column + 1): f"at {board}", (row, column + 2): f"near {board}"}
+        parts = [f"You are {spots[self._state.agent]}."]
+        at_home = [i for i in place if place[i] == HOME[i] and self._visible(HOME[i])]
+        on_table = ["an onion" if i == "onion" else f"a {i}" for i in at_home if i != "bowl"]
+        if on_table:
+            parts.append(f"You see {listed(on_table)} on the table.")
+        if "bowl" in at_home:
+            parts.append("You see a bowl on the shelf.")
+        for cell in filter(self._visible, boards):
+            item, board = self._item_at(cell), boards[cell]
+            part = f"{self._name(item)} is on {board}." if item else f"{board} is empty."
+            parts.append(part.capitalize())
+        if self._success():
+            parts.append("The dish is on the serving counter.")
+        parts.append(f"You hold {self._name(held)}." if held else "Your hands are empty.")
+        return " ".join(parts)
+
+    def _name(self, item: str) -> str:
+        if item != "bowl":
+            return f"the {'chopped' if item in self._state.chopped else 'raw'} {item}"
+        if self._in_bowl():
+            return f"the bowl with {listed(self._name(food) for food in self._in_bowl())}"
+        return "the empty bowl" if self._state.place["bowl"] == "hand" else "the bowl"
+
+    def _phrase(self, verb: str, noun: Cell | str | None) -> str:
+        """An action, worded by what it does here: that is what a language model can judge."""
+        place, chopped = self._state.place, self._state.chopped
+        held, boards = self._item_at("hand"), self.kitchen.boards
+        if verb == "serve":
+            return f"serve {self._name(held)}" if held else "walk to the serving counter"
+        if verb == "chop":
+            food = self._raw_food_here()
+            return f"chop the {food}" if food and not held else "wait for something to chop"
+        if verb == "use":
+            there = self._item_at(noun) if self._visible(noun) else None
+            if held and there is None:
+                return f"put {'the bowl' if held == 'bowl' else self._name(held)} on {boards[noun]}"
+            fills = held == "bowl" and there in chopped or there == "bowl" and held in chopped
+            return f"fill the bowl at {boards[noun]}" if fills else f"walk to {boards[noun]}"
+
+        if noun == held:
+            return f"hold on to the {noun}"
+        if noun == "bowl" and held in chopped:
+            return f"put the chopped {held} in the bowl"
+        if held in self.kitchen.foods:
+            return f"walk to the {noun}"
+        food_seen = noun != "bowl" and self._visible(self._cell(noun))
+        if food_seen and place[noun] == "bowl":
+            return f"look at the {noun} in the bowl"
+        if food_seen and noun not in chopped and (held == "bowl" or place[noun] in boards):
+            return f"walk to the {noun}"  # raw food stays out of the bowl, and on its board
+        if held == "bowl":
+            return f"put the chopped {noun} in the bowl"
+        return f"pick up the {'chopped ' if food_seen and noun in chopped else ''}{noun}"
+
+    # --- The state --------------------------------------------------------------------------------
+    def get_state(self) -> dict:
+        """Returns all that is needed to continue from here, in plain JSON types."""
+        return {"task": self.task, "agent": list(self._state.agent), "steps": self._steps,
+                "place": {item: at if isinstance(at, str) else list(at)
+                          for item, at in self._state.place.items()},
+                "chopped": sorted(self._state.chopped), "over": not self._running}
+
+    def set_state(self, state: dict) -> tuple[str, dict]:
+        """Continue from what `get_state` returned. Returns (obs, info), as `reset` does.
+        Raises ValueError when it is a state of another task."""
+        if state["task"] != self.task:
+            raise ValueError(f"a state of task {state['task']!r}, not {self.task!r}")
+        place = {item: at if isinstance(at := state["place"][item], str) else tuple(at)
+                 for item in self._state.place}  # in this order, whatever order the JSON file has
+        self._state = State(tuple(state["agent"]), place, set(state["chopped"]))
+        self._steps, self._running = state["steps"], not state["over"]
+        return self._observe()
+
+    def render(self) -> str:
+        """Returns the kitchen in ASCII: the true state, also what the cook does not see."""
+        place, held = self._state.place, self._item_at("hand")
+        letter = {i: i[0] if i in self._state.chopped else i[0].upper() for i in place}
+        grid = {(x, y): " . " if face((x, y)) == (x, y) else " # "
+                for x in range(7) for y in range(7)}
+        grid |= {board: "[ ]" for board in self.kitchen.boards} | {SERVING: "{ }"}
+        for item, cell in place.items():
+            if cell in grid:
+                grid[cell] = grid[cell][0] + letter[item] + grid[cell][2]
+        grid[self._state.agent] = f" @{letter[held] if held else ' '}"
+        names, in_bowl = [f"{item[0].upper()} {item}" for item in place], listed(self._in_bowl())
+        return "\n".join([
+            *("".join(grid[x, y] for y in range(7)).rstrip() for x in range(7)),
+            f"In hand: {held or 'nothing'}. In the bowl: {in_bowl or 'nothing'}. "
+            f"Primitive steps: {self._steps}.",
+            f"@ cook, {', '.join(names)} (small letter: chopped)",
+            "[ ] board, { } serving, # counter"])
+
+
 def face(cell: Cell) -> Cell:
     """The floor cell from which a counter is used: the border moved one cell inwards."""
     return min(max(cell[0], 1), 5), min(max(cell[1], 1), 5)
 
 
-# --- Words ----------------------------------------------------------------------------------------
-# They are made from the symbolic observation alone, so they can tell nothing that the cook does not
-# perceive; and as there are few observations (22 and 806), each is put into words only once.
-
-def listing(words: list[str]) -> str:
+def listed(phrases) -> str:
     """["a", "b", "c"] -> "a, b and c"."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-@lru_cache(maxsize=None)
-def describe(task: str, vector: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
-    """The symbolic observation in words, and the phrase of every action in index order."""
-    kitchen = KITCHENS[task]
-    foods, n = kitchen.foods, 3 * len(kitchen.foods)
-    cells = [vector[3 * i:3 * i + 2] for i in range(len(foods) + 1)]        # the bowl comes last
-    at = {item: cell for item, cell in zip((*foods, "bowl"), cells) if cell != UNSEEN}  # in view
-    agent = vector[-9:-7]
-    chopped = {food for i, food in enumerate(foods) if vector[3 * i + 2]}
-    in_bowl = [food for food in foods if food in at and at[food] == at.get("bowl")]
-    loose = [item for item in at if item not in in_bowl]    # in view and not inside the bowl
-    held = next((item for item in loose if at[item] == agent), None)
-    on_board = {cell: next((item for item in loose if at[item] == cell), None)
-                for i, cell in enumerate(kitchen.boards)
-                if vector[n + 2 + 2 * i:n + 4 + 2 * i] != UNSEEN}           # boards in view
-
-    def name(item: str) -> str:
-        if item == "bowl":
-            content = listing([name(food) for food in in_bowl])
-            return f"the bowl with {content}" if content else "the bowl"
-        return f"the {'chopped' if item in chopped else 'raw'} {item}"
-
-    held_name = "the empty bowl" if held == "bowl" and not in_bowl else held and name(held)
-
-    # 1. where the cook is
-    places = {START: "in the middle of the kitchen", face(HOME["bowl"]): "at the shelf",
-              face(HOME["tomato"]): "at the table", face(HOME["onion"]): "at the end of the table",
-              face(SERVING): "at the serving counter"}
-    for (row, column), board in kitchen.boards.items():
-        places |= {(row, column + 1): f"at {board}", (row, column + 2): f"near {board}"}
-    text = [f"You are {places[agent]}."]
-
-    # 2. what stands where it belongs
-    on_table = [("an " if food == "onion" else "a ") + food
-                for food in foods if at.get(food) == HOME[food]]
-    if on_table:
-        text.append(f"You see {listing(on_table)} on the table.")
-    if at.get("bowl") == HOME["bowl"]:
-        text.append("You see a bowl on the shelf.")
-
-    # 3. the cutting boards and the serving counter
-    for cell, item in on_board.items():
-        board = kitchen.boards[cell]
-        sentence = f"{name(item)} is on {board}." if item else f"{board} is empty."
-        text.append(sentence[0].upper() + sentence[1:])
-    if at.get("bowl") == SERVING:
-        text.append("The dish is on the serving counter.")
-
-    # 4. the hands
-    text.append(f"You hold {held_name}." if held else "Your hands are empty.")
-
-    # The same action is worded by what it does here: that is what a language model can judge.
-    def food_phrase(food: str) -> str:
-        raw_in_view = food in at and food not in chopped
-        if food == held:
-            return f"hold on to the {food}"
-        if held in foods:
-            return f"walk to the {food}"
-        if food in in_bowl:         # a food is never taken out of the bowl
-            return f"look at the {food} in the bowl"
-        if raw_in_view and (held == "bowl" or at[food] in on_board):
-            return f"walk to the {food}"    # raw food stays out of the bowl, and on its board
-        if held == "bowl":
-            return f"put the chopped {food} in the bowl"
-        return f"pick up the chopped {food}" if food in chopped else f"pick up the {food}"
-
-    def bowl_phrase() -> str:
-        if held == "bowl":
-            return "hold on to the bowl"
-        if held in chopped:
-            return f"put the chopped {held} in the bowl"
-        return "walk to the bowl" if held else "pick up the bowl"
-
-    def board_phrase(cell: Cell) -> str:
-        board, item = kitchen.boards[cell], on_board.get(cell)      # None: empty or out of view
-        if held and item is None:
-            return f"put {'the bowl' if held == 'bowl' else held_name} on {board}"
-        if held == "bowl" and item in chopped or held in chopped and item == "bowl":
-            return f"fill the bowl at {board}"
-        return f"walk to {board}"
-
-    here = next((item for cell, item in on_board.items() if face(cell) == agent), None)
-    can_chop = not held and here in foods and here not in chopped
-    phrases = (*map(food_phrase, foods), bowl_phrase(), *map(board_phrase, kitchen.boards),
-               f"serve {held_name}" if held else "walk to the serving counter",
-               f"chop the {here}" if can_chop else "wait for something to chop")
-    return " ".join(text), phrases
-
-
-# --- The game -------------------------------------------------------------------------------------
-
-class OvercookedText:
-    """One cook in one kitchen; see the top of this file. Nothing in it is random.
-
-    task: one of TASKS. gamma: the discount of one primitive step, used inside a macro-action.
-    """
-    TASKS = tuple(KITCHENS)
-
-    def __init__(self, task: str = "tomato-salad", gamma: float = 0.99):
-        if task not in KITCHENS:
-            raise ValueError(f"unknown task {task!r}: choose one of {', '.join(KITCHENS)}")
-        self.task, self.gamma, self.kitchen = task, gamma, KITCHENS[task]
-        self.goal = self.kitchen.goal
-        self.macros = [(self._fetch_food, food) for food in self.kitchen.foods]
-        self.macros += [(self._fetch_bowl, None)]
-        self.macros += [(self._use_board, board) for board in self.kitchen.boards]
-        self.macros += [(self._serve, SERVING), (self._chop, None)]
-        self.n_actions = len(self.macros)
-        self.reset()
-        self.over = True            # no episode is running until the caller asks for one
-
-    def reset(self, seed: int = 0) -> tuple[str, dict]:
-        """Start an episode. The game is deterministic: seed is accepted, and ignored."""
-        self.agent: Cell = START
-        # Where each thing is: a counter's cell, "hand", or (foods) "bowl".
-        self.place = {item: HOME[item] for item in (*self.kitchen.foods, "bowl")}
-        self.chopped: set[str] = set()
-        self.steps, self.over = 0, False    # primitive steps so far; True: no episode is running
-        return self._observe(0)
-
-    def step(self, action: int) -> tuple[str, float, bool, bool, dict]:
-        """Carry out a macro-action to its end: obs, reward, terminated, truncated, info.
-
-        info["changed"]: whether it changed the state, be it only where the cook stands.
-        ValueError: no such action. RuntimeError: no episode is running.
-        """
-        if self.over:
-            raise RuntimeError("no episode is running (not started, or at its end): call reset()")
-        if not isinstance(action, (int, np.integer)) or not 0 <= action < self.n_actions:
-            raise ValueError(f"action {action!r}: expected an integer, 0 to {self.n_actions - 1}")
-        run, target = self.macros[action]
-        before = self._state()
-        k, event = run(target)      # the event, if any, falls on the last primitive step
-        reward = sum(STEP_COST * self.gamma ** i for i in range(k)) + self.gamma ** (k - 1) * event
-        self.steps += k
-        obs, info = self._observe(k)
-        info["changed"] = self._state() != before
-        terminated = info["success"]
-        truncated = not terminated and self.steps >= MAX_STEPS
-        self.over = terminated or truncated
-        return obs, reward, terminated, truncated, info
-
-    # The macro-actions. Each changes the state and returns (primitive steps, reward of the event).
-
-    def _fetch_food(self, food: str) -> tuple[int, float]:
-        place, cell, held = self.place[food], self._cell(food), self._held()
-        if place == "hand" or place == "bowl" and self._in_view(cell):
-            return 1, 0.0               # a food is never taken out of the bowl ...
-        if place == "bowl":             # ... but the cook walks until it sees that it is in there
-            return self._walk((cell[0], cell[1] + VIEW)) + 1, 0.0
-        moves = self._walk(face(place))
-        if place in self.kitchen.boards and food not in self.chopped:
-            return max(moves, 1), 0.0   # a raw food stays on its board
-        if held is None:
-            self.place[food] = "hand"
-        elif held == "bowl" and food in self.chopped:
-            self.place[food] = "bowl"
-        return moves + 1, 0.0
-
-    def _fetch_bowl(self, _) -> tuple[int, float]:
-        held = self._held()
-        if held == "bowl":
-            return 1, 0.0
-        moves = self._walk(face(self.place["bowl"]))
-        if held in self.chopped:
-            self._fill_bowl(held)
-            return moves + 2, 0.0       # one step to put the food in, one to take the bowl
-        if held is None:
-            self.place["bowl"] = "hand"
-        return moves + 1, 0.0
-
-    def _use_board(self, board: Cell) -> tuple[int, float]:
-        moves, held = self._walk(face(board)), self._held()
-        if held is None:
-            return max(moves, 1), 0.0
-        there = next((item for item, place in self.place.items() if place == board), None)
-        if there is None:
-            self.place[held] = board
-        elif held == "bowl" and there in self.chopped:
-            self._fill_bowl(there)
-        elif there == "bowl" and held in self.chopped:
-            self._fill_bowl(held)
-        return moves + 1, 0.0
-
-    def _serve(self, counter: Cell) -> tuple[int, float]:
-        moves, held = self._walk(face(counter)), self._held()
-        if held is None:
-            return max(moves, 1), 0.0
-        served = {item for item, place in self.place.items()
-                  if item == held or held == "bowl" and place == "bowl"}
-        if served == self.kitchen.recipe | {"bowl"}:
-            self.place["bowl"] = counter
-            return moves + 1, SERVE_REWARD
-        self.place.update({item: HOME[item] for item in served})
-        self.chopped -= served
-        return moves + 1, WRONG_COST
-
-    def _chop(self, _) -> tuple[int, float]:
-        food = next((food for food in self.kitchen.foods if food not in self.chopped
-                     and self.place[food] in self.kitchen.boards
-                     and face(self.place[food]) == self.agent), None)
-        if food is None:
-            return 1, 0.0
-        if self._held() is not None:    # full hands cannot chop, but the three steps pass
-            return 3, 0.0
-        self.chopped.add(food)
-        return 3, CHOP_REWARD if food in self.kitchen.recipe else 0.0
-
-    # Small helpers of the macro-actions.
-
-    def _state(self):
-        return self.agent, dict(self.place), set(self.chopped)
-
-    def _held(self) -> str | None:
-        return next((item for item, place in self.place.items() if place == "hand"), None)
-
-    def _fill_bowl(self, food: str):
-        """The food goes into the bowl, and the bowl ends up in the hand."""
-        self.place[food], self.place["bowl"] = "bowl", "hand"
-
-    def _walk(self, to: Cell) -> int:
-        """Go there, and return the number of moves: the floor has no obstacles."""
-        moves = abs(self.agent[0] - to[0]) + abs(self.agent[1] - to[1])
-        self.agent = to
-        return moves
-
-    def _cell(self, item: str) -> Cell:
-        place = self._cell("bowl") if self.place[item] == "bowl" else self.place[item]
-        return self.agent if place == "hand" else place
-
-    def _in_view(self, cell: Cell) -> bool:
-        return max(abs(cell[0] - self.agent[0]), abs(cell[1] - self.agent[1])) <= VIEW
-
-    def _observe(self, primitive_steps: int) -> tuple[str, dict]:
-        """obs and info. The symbolic observation: row, column and chop count (0 or 3) of each food;
-        row and column of the bowl, each board, the serving counter and the cook; a one-hot recipe
-        (7). 18 numbers, or 26. What is out of view is all zeros."""
-        vector: list[int] = []
-        for item in self.place:             # the foods, then the bowl
-            cell = self._cell(item)
-            seen = self._in_view(cell)
-            vector += cell if seen else UNSEEN
-            if item != "bowl":
-                vector.append(3 if seen and item in self.chopped else 0)
-        for cell in (*self.kitchen.boards, SERVING, self.agent):
-            vector += cell if self._in_view(cell) else UNSEEN
-        vector += [int(i == self.kitchen.recipe_index) for i in range(7)]
-        obs, phrases = describe(self.task, tuple(vector))
-        return obs, {"actions": dict(enumerate(phrases)),
-                     "vector": np.array(vector, dtype=np.float32),
-                     "primitive_steps": primitive_steps,
-                     "success": self.place["bowl"] == SERVING}
-
-    # Saving, restoring, looking.
-
-    def get_state(self) -> dict:
-        """The episode as it stands, in plain JSON types."""
-        return {"task": self.task, "agent": list(self.agent), "steps": self.steps,
-                "place": {item: place if isinstance(place, str) else list(place)
-                          for item, place in self.place.items()},
-                "chopped": sorted(self.chopped), "over": self.over}
-
-    def set_state(self, state: dict) -> tuple[str, dict]:
-        """Continue from what get_state() returned; gives obs and info as reset() does."""
-        if state["task"] != self.task:
-            raise ValueError(f"a state of task {state['task']!r} given to task {self.task!r}")
-        self.agent, self.steps = tuple(state["agent"]), state["steps"]
-        for item in self.place:     # keeps the order of items, whatever order the JSON file has
-            place = state["place"][item]
-            self.place[item] = place if isinstance(place, str) else tuple(place)
-        self.chopped, self.over = set(state["chopped"]), state["over"]
-        return self._observe(0)
-
-    def render(self) -> str:
-        """The whole kitchen as ASCII text, seen from above."""
-        held, in_bowl = self._held(), [f for f in self.kitchen.foods if self.place[f] == "bowl"]
-        letter = {item: item[0] if item in self.chopped else item[0].upper() for item in self.place}
-        grid = {(x, y): " . " if face((x, y)) == (x, y) else " # "
-                for x in range(7) for y in range(7)}
-        grid |= {board: "[ ]" for board in self.kitchen.boards} | {SERVING: "{ }"}
-        for item, cell in self.place.items():
-            if cell in grid:
-                around = grid[cell].replace("#", " ")
-                grid[cell] = around[0] + letter[item] + around[2]
-        grid[self.agent] = f" @{letter[held] if held else ' '}"
-        rows = ["".join(grid[x, y] for y in range(7)).rstrip() for x in range(7)]
-        names = ", ".join(f"{item[0].upper()} {item}" for item in self.place)
-        return "\n".join([
-            *rows, f"In hand: {held or 'nothing'}. In the bowl: {listing(in_bowl) or 'nothing'}. "
-            f"Primitive steps: {self.steps}.",
-            f"@ cook, {names} (small letter: chopped)",
-            "[ ] board, { } serving, # counter"])
+    *first, last = [*phrases] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
