@@ -1,0 +1,120 @@
+"""See an agent decide, step by step: on Enter, or every --pace seconds.
+
+    python experiments/watch.py runs/tomato-salad-word-seed1
+    python experiments/watch.py --env virtualhome --tokens    # no RUN: the untrained LLM
+    python experiments/watch.py --method random
+
+Plain characters only and no control codes, so it reads the same in a pipe or a notebook, where it
+does not wait.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import baselines  # noqa: E402
+import twosome  # noqa: E402
+from twosome import Agent, build_prompt, encode, plain_log_probs  # noqa: E402
+
+
+@torch.no_grad()
+def token_log_probs(agent: Agent, prompt: str, phrase: str) -> tuple[list[str], list[float]]:
+    """The tokens of an action and the log-probability of each, given those before it: the
+    difference between two joint ones, with it and without it."""
+    prompt_ids, (ids,) = encode(agent.tokenizer, prompt, (phrase,))
+    beginnings = [ids[:n] for n in range(1, len(ids) + 1)]
+    (joint,) = plain_log_probs(agent.model, [(prompt_ids, beginnings)])
+    own = torch.cat([joint[:1], joint.diff()]).tolist()
+    return [agent.tokenizer.decode([i]).strip() or "_" for i in ids], own
+
+
+def token_lines(agent: Agent, prompt: str, phrases):
+    """For each action its tokens and what normalisation makes of their sum, before training (the
+    adapter off) and after."""
+    for phrase in phrases:
+        yield phrase
+        with agent.model.disable_adapter():
+            before = token_log_probs(agent, prompt, phrase)
+        for when, (tokens, own) in (("before", before),
+                                    ("after", token_log_probs(agent, prompt, phrase))):
+            total, n_words = sum(own), len(phrase.split())
+            yield f"    {when + ':':8}" + " ".join(f"{t} {x:.2f}" for t, x in zip(tokens, own))
+            yield (f"            sum {total:.2f};  / {len(own)} tokens = {total / len(own):.2f};  "
+                   f"/ {n_words} words = {total / n_words:.2f}")
+
+
+def watch(agent: Agent, args, plays, tokens: bool = False, pace: float | None = None):
+    """Play an episode in the terminal."""
+    width = max(60, min(shutil.get_terminal_size((80, 24)).columns, 120))
+    decisions = twosome.play(agent, args, plays)
+    for number, (episode, before, after, action) in enumerate(decisions, start=1):
+        prompt = build_prompt(episode.obs, episode.env.goal)
+        phrases = list(episode.info["actions"].values())
+        print(f"\n{f' decision {number} ':-^{width}}\n{episode.env.render()}\n")
+        print(textwrap.fill(f"{prompt} ...", width))
+        policies = [after.exp()] if before is None else [before.exp(), after.exp()]
+        size = (width - 44) // 2 - 6  # of a bar; the phrase has at least 38 columns
+        names = ["probability"] if before is None else ["before training", "after training"]
+        print("\n  " + "".join(f"{name[:size + 5]:<{size + 6}}" for name in names).rstrip())
+        for k, phrase in enumerate(phrases):
+            bars = "".join(f"{p[k]:.2f} {'#' * round(p[k].item() * size):<{size}} "
+                           for p in policies)
+            mark = ">" if k == action else " "
+            print(textwrap.fill(phrase, width, initial_indent=f"{mark} {bars}",
+                                subsequent_indent=" " * (len(bars) + 4)))
+        if tokens:
+            print("\nlog-probability of each token:")
+            for line in token_lines(agent, prompt, phrases):
+                print(textwrap.fill(line, width, initial_indent="  ",
+                                    subsequent_indent=" " * 14))
+        value = "" if args.method in ("saycan", "random") else (
+            f"value {agent.value([episode.state()[0]]).item():.3f}, ")
+        print(f"\n{value}discounted return so far {episode.ret:.3f}, step {episode.length}")
+        if pace is not None:
+            time.sleep(pace)
+        elif sys.stdin.isatty() and input("Enter: next decision, q: quit ").strip() == "q":
+            return
+    end = "reached the goal" if episode.info["success"] else "ran out of time"
+    print(f"\n{episode.env.render()}\n\nThe agent {end} after {episode.length} primitive steps.\n"
+          f"Discounted return {episode.ret:.3f} (best: {episode.env.OPTIMUM[args.task]:.3f}).")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", nargs="?", metavar="RUN", type=Path)
+    parser.add_argument("--env", choices=tuple(twosome.ENVS))
+    parser.add_argument("--task")
+    parser.add_argument("--norm", choices=("word", "token", "none"))
+    parser.add_argument("--model")
+    parser.add_argument("--method", choices=("random",), help="without RUN: not the LLM")
+    parser.add_argument("--seed", type=int, help="another episode")
+    parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--tokens", action="store_true", help="the tokens of each action")
+    parser.add_argument("--pace", type=float, help="seconds for each decision, instead of Enter")
+    given = vars(parser.parse_args(argv))
+    run, tokens, pace = given.pop("run"), given.pop("tokens"), given.pop("pace")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" may leave early
+    try:
+        config = json.loads((run / "config.json").read_text()) if run else {}
+        args = twosome.Args(**(config | {k: x for k, x in given.items() if x is not None}))
+        agent = baselines.make_agent(args)
+        if run:
+            twosome.load_checkpoint(run, agent)
+        if tokens and args.method != "twosome":
+            raise ValueError(f"--tokens: {args.method} has no tokens to show")
+        watch(agent, args, baselines.PLAYS[args.method], tokens, pace)
+    except (ValueError, OSError, TypeError) as error:
+        raise SystemExit(f"watch.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
