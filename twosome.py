@@ -143,7 +143,8 @@ class Agent(nn.Module):
         lora = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = {"policy": torch.optim.Adam(lora, eps=1e-5),  # eps: the paper's
                            "value": torch.optim.Adam(self.critic.parameters(), eps=1e-5)}
-        self.features_memory = {}  # prompt -> (H,)
+        self.features_memory = {}  # prompt -> (H,): the frozen LM's, so for good
+        self.policy_memory = {}  # state -> log pi(. | s) (K,): until the policy moves
 
     def log_policy(self, states) -> list[torch.Tensor]:
         """log pi(. | s) for B states: B tensors (K_b,), with gradients."""
@@ -155,13 +156,13 @@ class Agent(nn.Module):
         return [F.log_softmax(score.cpu(), dim=-1) for score in scores]  # what follows is little
 
     @torch.no_grad()
-    def fixed_log_policy(self, states, known: dict) -> list[torch.Tensor]:
-        """The same without gradients, each state once: `known` holds as long as the policy does."""
+    def fixed_log_policy(self, states) -> list[torch.Tensor]:
+        """The same without gradients, for playing: each state goes through the LM only once."""
         new = {}
-        for part in in_parts(sorted(set(states) - known.keys()), self.max_prompts):
+        for part in in_parts(sorted(set(states) - self.policy_memory.keys()), self.max_prompts):
             new.update(zip(part, self.log_policy(part)))
-        known.update(from_all(new))
-        return [known[state] for state in states]
+        self.policy_memory.update(from_all(new))
+        return [self.policy_memory[state] for state in states]
 
     @torch.no_grad()
     def features(self, prompts: list[str]) -> torch.Tensor:
@@ -182,6 +183,7 @@ class Agent(nn.Module):
         return self.critic(self.features(prompts)).squeeze(-1)
 
     def learn(self, rollout, args, rng) -> dict:
+        self.policy_memory = {}
         return update_policy(self, rollout, args, rng) | update_value(self, rollout, args, rng)
 
 
@@ -248,10 +250,10 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     """Play T = `rollout_steps` decisions in each of N environments and judge them. An episode that
     is not over then goes on in the next rollout; the critic's value stands for the rest of it."""
-    decisions, episodes, known = [], [], {}
+    decisions = []
     for _ in range(args.rollout_steps):
         states = [episode.state() for episode in playing]
-        policies = agent.fixed_log_policy(states, known)
+        policies = agent.fixed_log_policy(states)
         for episode, state, policy in zip(playing, states, policies):
             (action,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
             reward, discount, terminated, truncated = episode.act(action)
@@ -263,7 +265,6 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
                 "reward": reward, "discount": discount, "done": terminated or truncated,
                 "next_prompt": episode.state()[0]})
             if terminated or truncated:
-                episodes.append((episode.info["success"], episode.ret, episode.length))
                 episode.start()
 
     flat = lambda name: torch.tensor([d[name] for d in decisions], dtype=torch.float32)  # (T * N,)
@@ -275,8 +276,7 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     return SimpleNamespace(
         states=[d["state"] for d in decisions], chosen=flat("action").long(),  # index into actions
         log_prob=flat("log_prob"),  # of the chosen action, under the policy that chose it
-        value=value, advantage=advantage, returns=advantage + value,  # what V should have been
-        episodes=episodes)  # (success, discounted return, length) of each that ended
+        value=value, advantage=advantage, returns=advantage + value)  # what V should have been
 
 
 def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_coef):
@@ -303,7 +303,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -(surrogate + ent_coef * entropy).sum()
-    kl = ratio - 1 - log_ratio
+    kl = log_ratio.expm1() - log_ratio  # r - 1 - log r
     terms = torch.stack([-surrogate.sum(), entropy.sum(), kl.sum(), (ratio != clipped).sum()])
     return loss, terms.detach()
 
@@ -591,10 +591,10 @@ def lora_targets(model: nn.Module) -> list[str]:
 
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
 
-METRICS = ["update", "env_steps", "episodes", "success", "return", "length", "policy_loss",
-           "value_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance",
-           "steps_per_second", "seconds"]
-EVALUATION_EPISODES = 100  # before training and after it
+METRICS = ["update", "env_steps", "success", "return", "length", "policy_loss", "value_loss",
+           "entropy", "approx_kl", "clip_fraction", "explained_variance", "steps_per_second",
+           "seconds"]
+EVALUATION_EPISODES, EPISODES_PER_ROW = 100, 32  # before and after training; for a row of the log
 
 
 def make_agent(args) -> Agent:
@@ -608,14 +608,14 @@ def make_episode(args, plays=Episode) -> Episode:
     return plays(ENVS[args.env](task=args.task, **options), args.gamma)
 
 
-def evaluate(agent: Agent, args, n_episodes: int, stream="evaluation", plays=Episode) -> dict:
-    """Play n episodes, all at once so that their states share the LM's passes. Actions are sampled,
-    because the policy is a distribution; `stream` gives it random numbers apart from training's."""
-    rng, known = random.Random(f"{stream} {args.seed}"), {}
+def evaluate(agent: Agent, args, n_episodes: int, stream: str, plays=Episode) -> dict:
+    """Play n new episodes, all at once so that their states share the LM's passes. Actions are
+    sampled, because the policy is a distribution; `stream` names random numbers of their own."""
+    rng = random.Random(f"{stream} {args.seed}")
     playing = episodes = [make_episode(args, plays) for _ in range(n_episodes)]
     while playing:
         still_playing = []
-        policies = agent.fixed_log_policy([episode.state() for episode in playing], known)
+        policies = agent.fixed_log_policy([episode.state() for episode in playing])
         for episode, policy in zip(playing, policies):
             (action,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
             _, _, terminated, truncated = episode.act(action)
@@ -638,10 +638,10 @@ def play(agent: Agent, args, plays=Episode):
     """
     episode, rng, over = make_episode(args, plays), random.Random(args.seed), False
     while not over:
-        before, (after,) = None, agent.fixed_log_policy([episode.state()], {})
+        before, (after,) = None, agent.fixed_log_policy([episode.state()])
         if hasattr(agent.model, "disable_adapter"):
-            with agent.model.disable_adapter():
-                (before,) = agent.fixed_log_policy([episode.state()], {})
+            with torch.no_grad(), agent.model.disable_adapter():
+                (before,) = agent.log_policy([episode.state()])
         (action,) = rng.choices(range(len(after)), weights=after.exp().tolist())
         yield episode, before, after, action
         _, _, terminated, truncated = episode.act(action)
@@ -722,7 +722,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         for episode, (state, episode.ret, episode.length) in zip(playing, saved["playing"]):
             episode.obs, episode.info = episode.env.set_state(state)
     else:
-        before = evaluate(agent, args, EVALUATION_EPISODES, plays=plays)
+        before = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays)
+        agent.policy_memory = {}  # as a resumed run begins
         if team.is_main_process:  # not earlier: a model that cannot play leaves no folder behind
             run.mkdir(parents=True, exist_ok=True)
         write(run / "config.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2)))
@@ -732,22 +733,26 @@ def train(args, agent: Agent, run: Path, plays=Episode):
           f"which {actor:,} of the actor and {critic:,} of the critic are trained\n"
           f"before training: {describe(before)}")
 
-    seconds, started = float(rows[-1]["seconds"]) if rows else 0.0, time.perf_counter()
+    seconds = float(rows[-1]["seconds"]) if rows else 0.0
     bar = tqdm(total=n_updates * steps_per_update, initial=len(rows) * steps_per_update,
                unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
+    updates = practise(agent, playing, args, rng, n_updates, len(rows))
     try:
-        for rollout, log in practise(agent, playing, args, rng, n_updates, len(rows)):
+        while len(rows) < n_updates:
+            started, update = time.perf_counter(), len(rows) + 1
+            # How good is the policy that now plays? Episodes of its own tell: of a rollout's, the
+            # short successful ones end first. The rollout then meets the same states again.
+            played = evaluate(agent, args, EPISODES_PER_ROW, f"row {update}", plays)
+            _, log = next(updates)
             took = time.perf_counter() - started
             seconds += took
             log = dict.fromkeys(METRICS, "") | log | {
-                "update": len(rows) + 1, "env_steps": (len(rows) + 1) * steps_per_update,
-                "episodes": len(rollout.episodes), "steps_per_second": steps_per_update / took,
-                "seconds": seconds}
-            if rollout.episodes:
-                log |= zip(("success", "return", "length"), np.mean(rollout.episodes, axis=0))
+                name: played[name] for name in ("success", "return", "length")} | {
+                "update": update, "env_steps": update * steps_per_update,
+                "steps_per_second": steps_per_update / took, "seconds": seconds}
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
-                raise ValueError(f"update {len(rows) + 1}: a loss or a weight is not finite; try "
+                raise ValueError(f"update {update}: a loss or a weight is not finite; try "
                                  "lower learning rates;")
             rows.append({name: f"{x:.6g}" if isinstance(x, float) else x
                          for name, x in log.items()})
@@ -767,7 +772,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         raise
     finally:
         bar.close()
-    after = evaluate(agent, args, EVALUATION_EPISODES, plays=plays) if n_updates else None
+    after = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays) if n_updates else None
     if n_updates and team.is_main_process and hasattr(agent.model, "save_pretrained"):
         agent.model.save_pretrained(run / "adapter")  # for peft, and whoever loads its adapters
     summary = {name: getattr(args, name) for name in ("env", "task", "method", "norm", "model",
