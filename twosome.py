@@ -8,9 +8,9 @@ become likelier. The model itself stays frozen.
 
     python twosome.py --env overcooked            # 10 s on two CPU cores; --help lists all flags
 
-Sections 1 to 4 are the whole algorithm: 1 prompts, 2 scoring, 3 the actor-critic, 4 PPO. They use
-nothing from below (a test runs them alone), and a reader can stop where they end. The rest is
-efficiency and comfort: 5 the same numbers, faster, 6 any LM, 7 a run, 8 the command line.
+Sections 1 to 4 are the whole algorithm: 1 prompts; 2 scoring; 3 the actor-critic; 4 PPO. They use
+nothing from below but the knobs, `args`, whose values and reasons are the table in section 8; where
+they end, you can stop. 5 the same numbers, faster; 6 any LM; 7 a run; 8 the command line.
 """
 
 import random
@@ -25,13 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 # === 1. Prompts: what the agent perceives begins a sentence, and each action is an ending of it. ==
 def build_prompt(obs: str, goal: str) -> str:
-    """Return the prompt, an unfinished sentence; a space and an action finish it.
-
-    The paper (section 4.4) has four principles; the environments word `obs` and actions by them:
+    """Return the prompt, an unfinished sentence; a space and an action finish it. The environments
+    word `obs` and the actions by the paper's four principles (section 4.4):
     1. Cohesive: "... your next step is to" + " chop the tomato" is one fluent sentence, so the LM
        does what it was trained for: it goes on with a text.
     2. Articles: "pick up the tomato", as people write, not "pick up tomato".
-    3. Preferred words: where the observation says "a bowl", no action speaks of "the plate".
+    3. Preferred words: the actions' words are the observation's: "a bowl" is never "the plate".
     4. Alternative actions: one action is worded by the situation. With empty hands it is "walk to
        the cutting board", with full hands "put the raw tomato on the cutting board".
 
@@ -42,21 +41,20 @@ def build_prompt(obs: str, goal: str) -> str:
 
 
 # === 2. Scoring: how likely is each action as the ending of the prompt, in the eyes of the LM? ====
-# Shapes: B states with K actions each; R rows of L tokens; H hidden units; V words to predict.
-
+# Shapes: B states with K actions each; R rows of L tokens; H hidden units; V tokens to choose from.
+# (In formulas V(s) is a value, R a return, L a loss, H(pi) an entropy, r a reward or a ratio.)
 def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
 
     Both are tokenised as one text, as the LM has read it: most tokenizers put the space between
-    words into the next word's token. Character offsets tell where the prompt ends.
-    """
+    words into the next word's token. Character offsets tell where the prompt ends."""
     prompt_ids, action_ids = None, []
     batch = tokenizer([f"{prompt} {action}" for action in actions], return_offsets_mapping=True)
     for action, ids, offsets in zip(actions, batch["input_ids"], batch["offset_mapping"]):
         # The space between the two may close the prompt's last token or open the action's first.
         first = next((i for i, (start, _) in enumerate(offsets) if start >= len(prompt)), len(ids))
         holds_both = any(start < len(prompt) and stop > len(prompt) + 1 for start, stop in offsets)
-        changes_prompt = prompt_ids not in (None, ids[:first])
+        changes_prompt = prompt_ids is not None and prompt_ids != ids[:first]
         if holds_both or changes_prompt:  # then P(action | prompt) is not defined
             raise ValueError(f"{tokenizer.name_or_path} has a token across the end of the prompt "
                              f"and the beginning of {action!r}; choose another model")
@@ -69,14 +67,13 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
 def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     """The definition: one row for each (prompt, action), R in all, each wholly through the LM.
 
-        log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1})                     (paper, Eq. 1)
-
+        log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1}), w_i its tokens     (paper, Eq. 1)
     encoded: B pairs from `encode`. Returns B float32 tensors (K_b,).
     """
     rows = [(prompt, action) for prompt, actions in encoded for action in actions]
     ids = pad_sequence([torch.tensor(prompt + action) for prompt, action in rows],
-                       batch_first=True).to(model.device)  # (R, L); what comes after a row ...
-    logits = model(input_ids=ids, use_cache=False).logits  # (R, L, V) ... cannot change it here
+                       batch_first=True).to(model.device)  # (R, L), filled up at the end
+    logits = model(input_ids=ids, use_cache=False).logits  # (R, L, V); no token sees later ones
     # The logits at column t predict the token at column t + 1.
     log_p = F.log_softmax(logits[:, :-1].float(), dim=-1)  # (R, L-1, V)
     log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (R, L-1)
@@ -89,11 +86,9 @@ score = plain_log_probs  # section 5 puts a faster way to the same numbers in it
 
 
 def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[str]]):
-    """Joint log-probability of each action's tokens after its prompt (paper, section 4.1).
-
-    prompts: B strings; actions: B lists of K_b strings. Returns log_probs, B float32 tensors (K_b,)
-    in nats with gradients, and n_tokens, B int tensors (K_b,). No end mark is scored.
-    """
+    """log P of each of the K_b actions after each of the B prompts (paper, section 4.1): B float32
+    tensors (K_b,), natural logs, with gradients; and their lengths in tokens, B int tensors (K_b,).
+    No end mark is scored: "wait" is never less likely than "wait here"."""
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
     return score(model, encoded), [torch.tensor([len(ids) for ids in a]) for _, a in encoded]
 
@@ -105,7 +100,7 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     of an average token (Eq. 3) or word (Eq. 4). An example, with the probability of each token:
 
         wait                  0.01                     undivided, it wins because it is short
-        chop the egg          0.1 0.8 0.1              per word, it wins: the LM expects it most
+        chop the egg          0.1 0.8 0.1              per word, it wins: its words are likeliest
         chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   per token, it wins because it is in pieces
 
     >>> log_p = [torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()]
@@ -123,17 +118,23 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
+# What goes through the LM at once is limited by memory. Several processes divide these parts among
+# them, exchange what is new and add up gradients; section 5 replaces the three. Here one does all.
+in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
+from_all, add_up = lambda new: new, lambda weights, sums: sums
+
+
 class Agent(nn.Module):
-    """Policy and value of a state, a pair (prompt, actions). Only LoRA and the critic learn."""
+    """pi(a | s), and V(s), the discounted reward to expect from a state s = (prompt, actions)."""
 
     def __init__(self, model, tokenizer, norm="word", max_prompts=4, targets=("q_proj", "v_proj")):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
-        # LoRA makes W + (alpha / r) B A of a frozen matrix W, with A (r, in) random and B (out, r)
-        # zero: before training, the LM is itself. peft keeps A and B in float32. As in the paper.
+        # LoRA makes W + (alpha / r) B A of frozen matrices W, here attention's queries and values,
+        # with A (r, in) random and B (out, r) 0: before training, the LM is itself. As the paper.
         self.model = get_peft_model(model, LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=list(targets))).eval()
+            target_modules=list(targets))).eval()  # no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
         self.critic = nn.Sequential(nn.Linear(n_hidden, 1024), nn.ReLU(), nn.Linear(1024, 512),
                                     nn.ReLU(), nn.Linear(512, 1)).to(model.device)
@@ -141,7 +142,7 @@ class Agent(nn.Module):
         nn.init.zeros_(self.critic[-1].weight)
         nn.init.zeros_(self.critic[-1].bias)
         lora = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = {"policy": torch.optim.Adam(lora, eps=1e-5),  # eps: the paper's
+        self.optimizers = {"policy": torch.optim.Adam(lora, eps=1e-5),  # `practise` sets rates
                            "value": torch.optim.Adam(self.critic.parameters(), eps=1e-5)}
         self.features_memory = {}  # prompt -> (H,): the frozen LM's, so for good
         self.policy_memory = {}  # state -> log pi(. | s) (K,): until the policy moves
@@ -153,12 +154,12 @@ class Agent(nn.Module):
         n_words = [torch.tensor([len(a.split()) for a in offered]) for offered in actions]
         scores = normalize(log_probs, n_tokens, n_words, self.norm)
         # pi(a | s) = exp(score_a) / sum_b exp(score_b)                       (Eq. 2, 3 or 4)
-        return [F.log_softmax(score.cpu(), dim=-1) for score in scores]  # what follows is little
+        return [F.log_softmax(x.cpu(), dim=-1) for x in scores]  # what follows is cheap
 
     @torch.no_grad()
     def fixed_log_policy(self, states) -> list[torch.Tensor]:
         """The same without gradients, for playing: each state goes through the LM only once."""
-        new = {}
+        new = {}  # sorted, for neighbours begin alike, and all processes need the same order
         for part in in_parts(sorted(set(states) - self.policy_memory.keys()), self.max_prompts):
             new.update(zip(part, self.log_policy(part)))
         self.policy_memory.update(from_all(new))
@@ -168,10 +169,10 @@ class Agent(nn.Module):
     def features(self, prompts: list[str]) -> torch.Tensor:
         """What the critic sees, (B, H): the last hidden state of the prompt's last token, the only
         one that has seen the whole prompt. The adapter is off: on, each policy update would change
-        the critic's input under its feet; off, it is a constant, computed once. One prompt at a
-        time: no value depends on batch mates (as if the last column of padded rows were read)."""
+        the critic's input under its feet, and what is remembered here would be out of date. One
+        prompt at a time, without padding: no value depends on batch mates."""
         for prompt in set(prompts) - self.features_memory.keys():
-            ids, _ = encode(self.tokenizer, prompt, ("wait",))  # the same ids before any action
+            ids, _ = encode(self.tokenizer, prompt, ("wait",))  # the space may be the prompt's
             ids = torch.tensor([ids], device=self.model.device)
             with self.model.disable_adapter():
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -187,16 +188,11 @@ class Agent(nn.Module):
         return update_policy(self, rollout, args, rng) | update_value(self, rollout, args, rng)
 
 
-# What goes through the LM at once is limited by memory. Several processes divide these parts among
-# them, exchange what is new and add up gradients; section 5 replaces the three. Here one does all.
-in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
-from_all, add_up = lambda new: new, lambda weights, sums: sums
-
-
 # === 4. PPO: play with the present policy, judge each decision by what followed, move a little. ===
 class Episode:
-    """One environment being played. It has Gymnasium's reset and step; info["actions"] maps the
-    index of each action offered now to a phrase, info["primitive_steps"] times the last one."""
+    """One environment being played. It has a goal and Gymnasium's reset and step. info["actions"]
+    maps the index of each action offered now to a phrase; info["primitive_steps"] is how long the
+    last one took. A success earns about 1; a primitive step may cost a little (Overcooked)."""
 
     def __init__(self, env, gamma: float):
         self.env, self.gamma = env, gamma
@@ -211,10 +207,9 @@ class Episode:
         return build_prompt(self.obs, self.env.goal), tuple(self.info["actions"].values())
 
     def act(self, chosen: int):
-        """Take the chosen one of the offered actions: reward, discount, terminated, truncated. It
-        may be an errand of k primitive steps (walk there, take it). What is k steps away counts
-        gamma^k: on the errand the environment sees to that, and for all that comes after it this
-        discount does. (A semi-Markov decision process.)"""
+        """Take the chosen one of the offered actions. Returns reward, discount, terminated (at the
+        goal), truncated (out of time). An action may be a macro-action, an errand of k primitive
+        steps: its reward is discounted inside, and what comes after it counts gamma^k."""
         action = list(self.info["actions"])[chosen]  # its index among all actions
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
         k = self.info["primitive_steps"]
@@ -231,10 +226,9 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 
     delta: was it better than expected, as far as the next state tells? Later surprises are this
     action's doing too, less with time (gamma^k) and with each decision in between (lambda).
-    discount is gamma^k_t; next_value is 0 where the episode really ended; done is 1 at success and
-    time limit. With gamma 0.5 and lambda 1: V = 0.2 before a step of k = 2, and 0.4 before one of
-    k = 1 that earns 1 and ends: 1 - 0.4 = 0.6, and before it 0.25 * 0.4 - 0.2 + 0.25 * 0.6 = 0.05.
-
+    discount is gamma^k_t; next_value is 0 where nothing follows; done is 1 where an episode is
+    over. With gamma 0.5, lambda 1: the last action (k = 1, V = 0.4) earns 1, A = 1 - 0.4 = 0.6;
+    the one before it (k = 2, V = 0.2) earns 0, A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6 = 0.05.
     >>> column = lambda *x: torch.tensor(x)[:, None]
     >>> gae(column(0., 1.), column(.25, .5), column(.2, .4), column(.4, 0.), column(0., 1.), 1.0).T
     tensor([[0.0500, 0.6000]])
@@ -248,33 +242,32 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 
 
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
-    """Play T = `rollout_steps` decisions in each of N environments and judge them. An episode that
-    is not over then goes on in the next rollout; the critic's value stands for the rest of it."""
+    """Play T = `rollout_steps` decisions in each of N environments and judge them. An unfinished
+    episode goes on in the next rollout; the critic's value stands for the rest of it."""
     decisions = []
     for _ in range(args.rollout_steps):
         states = [episode.state() for episode in playing]
         policies = agent.fixed_log_policy(states)
         for episode, state, policy in zip(playing, states, policies):
-            (action,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
-            reward, discount, terminated, truncated = episode.act(action)
-            # The clock is not in the prompt, so at the time limit a state is not worth nothing: the
-            # critic says what would have followed (paper: it is an end).
-            end = terminated or (truncated and not args.bootstrap_time_limit)
+            (chosen,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
+            reward, discount, terminated, truncated = episode.act(chosen)
+            # At the time limit, which no prompt shows, the critic says what would have followed.
+            no_future = terminated or (truncated and not args.bootstrap_time_limit)
             decisions.append({
-                "state": state, "action": action, "log_prob": policy[action].item(), "end": end,
+                "state": state, "chosen": chosen, "log_prob": policy[chosen].item(),
                 "reward": reward, "discount": discount, "done": terminated or truncated,
-                "next_prompt": episode.state()[0]})
+                "no_future": no_future, "next": episode.state()[0]})
             if terminated or truncated:
                 episode.start()
 
     flat = lambda name: torch.tensor([d[name] for d in decisions], dtype=torch.float32)  # (T * N,)
     with torch.no_grad():
         value = agent.value([d["state"][0] for d in decisions]).cpu()
-        next_value = agent.value([d["next_prompt"] for d in decisions]).cpu() * (1 - flat("end"))
+        next_value = agent.value([d["next"] for d in decisions]).cpu() * (1 - flat("no_future"))
     columns = flat("reward"), flat("discount"), value, next_value, flat("done")
     advantage = gae(*(x.view(-1, len(playing)) for x in columns), args.gae_lambda).flatten()
     return SimpleNamespace(
-        states=[d["state"] for d in decisions], chosen=flat("action").long(),  # index into actions
+        states=[d["state"] for d in decisions], chosen=flat("chosen").long(),  # index into actions
         log_prob=flat("log_prob"),  # of the chosen action, under the policy that chose it
         value=value, advantage=advantage, returns=advantage + value)  # what V should have been
 
@@ -285,11 +278,10 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
         r = pi(a | s) / pi_old(a | s)
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))
 
-    Before an update's first step pi is pi_old and r is 1, up to rounding; beyond 1 +- eps nothing
-    is gained by moving it further. kl estimates how far pi has moved. One state from prompt to
-    loss: the cook holds a raw tomato; pocket_lm's log P of its five actions are these. The third
-    puts the tomato on the board; say that is worth A = 0.5, and a step later has probability 0.4.
-
+    Before an update's first step pi is pi_old and r is 1, up to rounding. Beyond 1 +- eps nothing
+    is gained by going on; with min, a move the wrong way still counts. kl: how far pi has moved.
+    From a state to its loss: "You hold the raw tomato. ... your next step is to" has five endings
+    with these log P. The third, to put it on the board, has A = 0.5 and, a step of Adam later, 0.4.
     >>> log_probs = [torch.tensor([-4.8626, -4.3751, -0.9627, -2.1809, -4.5880])]
     >>> (scores,) = normalize(log_probs, None, [torch.tensor([5, 4, 8, 4, 5])], "word")
     >>> F.softmax(scores, dim=-1)
@@ -303,7 +295,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -(surrogate + ent_coef * entropy).sum()
-    kl = log_ratio.expm1() - log_ratio  # r - 1 - log r
+    kl = log_ratio.expm1() - log_ratio  # r - 1 - log r: 0 where nothing moved, else above
     terms = torch.stack([-surrogate.sum(), entropy.sum(), kl.sum(), (ratio != clipped).sum()])
     return loss, terms.detach()
 
@@ -318,9 +310,10 @@ def minibatches(n: int, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # Where nothing was earned, advantages are the critic's errors, a thousandth or so; divided by
-    # their own deviation they would weigh like a success. So advantage_eps is 1 (paper: 1e-8), and
-    # large beside the usual deviation of 0.1 to 0.3: advantages stay nearly as they are.
+    if args.ent_coef == 0 and not rollout.advantage.any():
+        return {}  # nothing was earned yet: all gradients are 0
+    # Where nothing new was earned, advantages are the critic's errors, a thousandth or so; divided
+    # by their own deviation they would weigh like a success, which is 1. So add 1 (paper: 1e-8).
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
@@ -333,8 +326,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         sums = torch.zeros(4)
         for states in in_parts(sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
-            # From B states to the n decisions that were taken in them: each one's place in the
-            # rollout, and the row of its state.
+            # The n decisions taken in these B states: their places in the rollout, their states.
             index = [i for state in states for i in decisions[state]]
             row = [b for b, state in enumerate(states) for _ in decisions[state]]
             table = pad_sequence(policies, batch_first=True)  # (B, longest K)
@@ -344,9 +336,9 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
                                       entropy, args.clip_coef, args.ent_coef)
             (loss / len(batch)).backward()  # the gradients of the parts add up
             sums += terms
-        log.append(add_up(weights, sums) / len(batch))
-        if log[-1][2] > args.target_kl:
-            break  # pi is far enough from the policy that played; this step is not taken
+        log.append(add_up(weights, sums) / len(batch))  # over all processes, and their gradients
+        if log[-1][2] > args.target_kl:  # kl: pi is far enough from the policy that played,
+            break  # and this step is not taken
         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
         agent.optimizers["policy"].step()
     return dict(zip(("policy_loss", "entropy", "approx_kl", "clip_fraction"),
@@ -354,7 +346,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
 
 
 def update_value(agent: Agent, rollout, args, rng) -> dict:
-    """Move the critic towards the returns; V, too, gains nothing by moving further than eps.
+    """Move the critic towards the returns, V too not far. (All processes do the whole of it.)
 
         L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
     """
@@ -364,7 +356,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
         value = agent.critic(features[batch]).squeeze(-1)
         clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
-        loss = args.vf_coef * 0.5 * error.mean()
+        loss = args.vf_coef * 0.5 * error.mean()  # 1/2: the derivative is then the error itself
         agent.optimizers["value"].zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
@@ -375,9 +367,9 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
     return {"value_loss": sum(losses) / len(losses), "explained_variance": explained.item()}
 
 
-def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, done: int = 0):
-    """The loop: play, judge, learn, again. Yields the rollout and the log of each update."""
-    for update in range(done, n_updates):
+def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, first: int = 0):
+    """The loop: play, judge, learn, again, at rates that fall to 0. Yields each rollout and log."""
+    for update in range(first, n_updates):
         for name, optimizer in agent.optimizers.items():
             rate = {"policy": args.policy_lr, "value": args.value_lr}[name]
             optimizer.param_groups[0]["lr"] = rate * (1 - update / n_updates)
@@ -387,15 +379,12 @@ def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, do
 
 # === Here the algorithm ends. Everything below is efficiency and comfort. =========================
 
-import argparse
-import csv
 import functools
 import json
 import os
 import sys
 import time
 import warnings
-import weakref
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -404,14 +393,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
-
-ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
-
 
 # === 5. The same numbers, faster: a tree instead of many rows, and work for several processes. ====
 
@@ -452,8 +438,7 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     Tokens influence each other only through attention. Here a token may look only at the tokens
     before it on its own branch of the tree (the softmax of attention gives all others weight 0),
     and its position says how many these are. So it computes what it would in a row of its own; but
-    the prompt, by far the longest part, is computed once instead of K times, and so is whatever
-    else the B states begin with.
+    the prompt is computed once instead of K times, and so is what else the B states begin with.
     """
     ids, sees, sources, targets = as_tree(encoded)
     tensor = functools.partial(torch.tensor, device=model.device)
@@ -474,12 +459,10 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     return list(log_probs.split([len(actions) for _, actions in encoded]))
 
 
-# Not every LM may be packed: sliding windows count columns, ALiBi ignores positions, a state-space
-# model has no mask. So each is compared with the definition at its first use, and again when a tree
-# or a row is longer than any before. model -> (tree, row) that agreed, in tokens; None: never pack.
-packed_is_exact_up_to = weakref.WeakKeyDictionary()
-
-
+# Not every LM may be packed: sliding windows and ALiBi measure distance in columns, whatever the
+# positions say, and a state-space model has no mask. So each is compared with the definition at its
+# first use, and again when a tree or a row is longer than any before; what agreed last is kept at
+# the model (None: never pack).
 @torch.no_grad()
 def may_pack(model, encoded) -> bool:
     """Does packing give the defined numbers for this model, on a tree as large as this?"""
@@ -488,7 +471,7 @@ def may_pack(model, encoded) -> bool:
     if row > context:  # packed or not, the model would answer with noise
         raise ValueError(f"a prompt with its action has {row} tokens and this model reads at most "
                          f"{context}; choose a model with a longer context")
-    known = packed_is_exact_up_to.get(model, (0, 0))
+    known = getattr(model, "packs_up_to", (0, 0))  # tree, row, in tokens
     if known is None:
         return False
     tree = len(as_tree(encoded)[0])
@@ -503,7 +486,7 @@ def may_pack(model, encoded) -> bool:
         raise
     except Exception:  # this architecture does not take a mask or positions of ours at all
         same = False
-    packed_is_exact_up_to[model] = (max(tree, known[0]), max(row, known[1])) if same else None
+    model.packs_up_to = (max(tree, known[0]), max(row, known[1])) if same else None
     if not same:
         print("note: this LM cannot be packed; scoring one row for each action, "
               "which is slower and gives the same numbers", file=sys.stderr)
@@ -527,8 +510,6 @@ def from_all_processes(new: dict) -> dict:
 
 
 def add_up_over_processes(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
-    if PartialState().num_processes == 1:
-        return sums
     for p in weights:
         p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
     return reduce(sums.to(weights[0].device), "sum").cpu()
@@ -562,11 +543,8 @@ def load_lm(name: str, device: str, dtype: str):
         raise ValueError(f"cannot load the model {name}: {error}") from error
     if loaded["missing_keys"]:  # transformers has filled them with random numbers
         raise ValueError(f"the model {name} lacks weights: {', '.join(loaded['missing_keys'])}")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"the model {name} has weights that are not finite numbers")
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {name} is not a fast one: it reports no character "
-                         "offsets, so the end of the prompt cannot be found")
+        raise ValueError(f"the tokenizer of {name} is not a fast one: it has no character offsets")
     model = model.to(PartialState().device if device == "cuda" else device)
     # An encoder such as BERT would judge a word by the words behind it.
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2]], device=model.device)
@@ -591,9 +569,9 @@ def lora_targets(model: nn.Module) -> list[str]:
 
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
 
-METRICS = ["update", "env_steps", "success", "return", "length", "policy_loss", "value_loss",
-           "entropy", "approx_kl", "clip_fraction", "explained_variance", "steps_per_second",
-           "seconds"]
+ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
+METRICS = ("update env_steps success return length policy_loss value_loss entropy approx_kl "
+           "clip_fraction explained_variance steps_per_second seconds").split()
 EVALUATION_EPISODES, EPISODES_PER_ROW = 100, 32  # before and after training; for a row of the log
 
 
@@ -633,9 +611,8 @@ def describe(result: dict) -> str:
 
 
 def play(agent: Agent, args, plays=Episode):
-    """Play one episode; yield (episode, before, after, action) ahead of each decision: the policies
-    (K,) of the LLM without its adapter (None where there is none) and of the agent, and the choice.
-    """
+    """Play one episode; yield (episode, before, after, action) ahead of each decision: log pi (K,)
+    of the LLM without its adapter (None where there is none) and of the agent, and its choice."""
     episode, rng, over = make_episode(args, plays), random.Random(args.seed), False
     while not over:
         before, (after,) = None, agent.fixed_log_policy([episode.state()])
@@ -648,16 +625,16 @@ def play(agent: Agent, args, plays=Episode):
         over = terminated or truncated
 
 
-def show_episode(agent: Agent, args, plays=Episode, longest: int = 30):
+def show_episode(agent: Agent, args, plays=Episode):
     """Print one episode in short: each chosen action and its probability."""
     trained = " before training -> after" if hasattr(agent.model, "disable_adapter") else ""
     print(f"\none episode (probability of the chosen action{trained}):")
     for decision, (episode, before, after, action) in enumerate(play(agent, args, plays)):
-        if decision < longest:
-            past = "" if before is None else f"{before[action].exp():.2f} -> "
-            phrase = list(episode.info["actions"].values())[action]
+        past = "" if before is None else f"{before[action].exp():.2f} -> "
+        phrase = list(episode.info["actions"].values())[action]
+        if decision < 30:
             print(f"  {past}{after[action].exp():.2f}  {phrase}")
-        elif decision == longest:
+        elif decision == 30:
             print("  ...")
     print(f"  success: {episode.info['success']}, discounted return {episode.ret:.3f}")
 
@@ -667,16 +644,16 @@ def trained_parameters(agent: Agent) -> dict[str, torch.Tensor]:
     return {name: p for name, p in agent.named_parameters() if p.requires_grad}
 
 
-def save(path: Path, write):
-    """write(path), so that a kill at any moment leaves the old file or the new, never half."""
-    write(path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def save(path: Path, content: str | dict):
+    """A kill at any moment leaves the old file or the new one, never half of it."""
+    half = path.with_suffix(".tmp")
+    half.write_text(content) if isinstance(content, str) else torch.save(content, half)
+    os.replace(half, path)
 
 
 def load_checkpoint(run: Path, agent: Agent) -> dict:
-    """Put weights and optimisers back as `train` saved them; return the rest. weights_only: a file
-    from a stranger cannot run code."""
-    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    """Put weights and optimisers back as `train` saved them; return the rest."""
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)  # runs no code
     weights = trained_parameters(agent)
     if saved["weights"].keys() != weights.keys():
         raise ValueError(f"{run}/checkpoint.pt belongs to another model")
@@ -690,34 +667,29 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
 def train(args, agent: Agent, run: Path, plays=Episode):
     """Train an agent on episodes of the kind `plays`; a folder with a checkpoint is gone on with.
 
-    A run repeats itself to the last byte, in one go or resumed, on the same machine: torch's seed
-    makes LoRA and the critic, one generator (`rng`) draws actions and minibatches, and evaluation
-    has others of its own. How a number is rounded depends on what went through the LM with it; so
-    policies are remembered for one rollout only, states go through in sorted order, and features
-    one prompt at a time. The checkpoint, written after each update, holds all the rest: weights,
-    both Adams, the generator, the games as they stand, and the log.
+    A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
+    torch's seed makes LoRA and critic, one generator (`rng`) draws actions and minibatches, and
+    evaluation has its own. How a number is rounded depends on what goes through the LM with it: so
+    policies are forgotten at each update, new states go through in sorted order, prompts of the
+    critic one by one. The checkpoint after each update holds the rest: weights, both Adams, `rng`,
+    games and log.
     """
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
-    write = save if team.is_main_process else lambda path, write: None
-    program = f"python {sys.argv[0]}"
+    write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
     rng, rows = random.Random(args.seed), []
     steps_per_update = len(playing) * args.rollout_steps
     n_updates = max(1, args.steps // steps_per_update) if args.steps else 0
 
-    def write_metrics(path):
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS)
-            writer.writeheader()
-            writer.writerows(rows)
-
+    table = lambda: "\n".join(",".join(map(str, line)) for line in [METRICS, *(
+        row.values() for row in rows)]) + "\n"
     if (run / "checkpoint.pt").exists():
         saved = load_checkpoint(run, agent)
         if len(saved["playing"]) != len(playing):
             raise ValueError(f"{run} was made by {len(saved['playing']) // args.n_envs} processes; "
                              "resume it with as many")
         rows, before = saved["rows"], saved["before"]
-        write(run / "metrics.csv", write_metrics)  # the checkpoint's log is the true one
+        write(run / "metrics.csv", table())  # the checkpoint's log is the true one
         rng.setstate(saved["rng"])
         for episode, (state, episode.ret, episode.length) in zip(playing, saved["playing"]):
             episode.obs, episode.info = episode.env.set_state(state)
@@ -726,7 +698,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         agent.policy_memory = {}  # as a resumed run begins
         if team.is_main_process:  # not earlier: a model that cannot play leaves no folder behind
             run.mkdir(parents=True, exist_ok=True)
-        write(run / "config.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2)))
+        write(run / "config.json", json.dumps(asdict(args), indent=2))
     actor, critic = (sum(p.numel() for p in part.parameters() if p.requires_grad)
                      for part in (agent.model, agent.critic))
     print(f"{args.task}, {args.method}: {sum(p.numel() for p in agent.parameters()):,} weights, of "
@@ -740,8 +712,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     try:
         while len(rows) < n_updates:
             started, update = time.perf_counter(), len(rows) + 1
-            # How good is the policy that now plays? Episodes of its own tell: of a rollout's, the
-            # short successful ones end first. The rollout then meets the same states again.
+            # How good is the policy that plays now? New episodes tell. Those that end within a
+            # rollout would not: the short, successful ones end first.
             played = evaluate(agent, args, EPISODES_PER_ROW, f"row {update}", plays)
             _, log = next(updates)
             took = time.perf_counter() - started
@@ -756,30 +728,27 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                                  "lower learning rates;")
             rows.append({name: f"{x:.6g}" if isinstance(x, float) else x
                          for name, x in log.items()})
-            write(run / "metrics.csv", write_metrics)
-            write(run / "checkpoint.pt", lambda path: torch.save({
+            write(run / "metrics.csv", table())
+            write(run / "checkpoint.pt", {
                 "weights": trained_parameters(agent), "rows": rows, "before": before,
                 "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
                 "rng": rng.getstate(),
-                "playing": [(e.env.get_state(), e.ret, e.length) for e in playing]}, path))
+                "playing": [(e.env.get_state(), e.ret, e.length) for e in playing]})
             bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
                 "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
             bar.update(steps_per_update)
-            started = time.perf_counter()
-    except (Exception, KeyboardInterrupt) as error:  # a full disk, Ctrl-C: nothing is lost
+    except (Exception, KeyboardInterrupt) as error:  # a full disk, Ctrl-C, ...
         error.add_note(f"stopped after {len(rows)} of {n_updates} updates; go on with "
-                       f"{program} --resume {run}")
+                       f"python {sys.argv[0]} --resume {run}")
         raise
     finally:
         bar.close()
     after = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays) if n_updates else None
     if n_updates and team.is_main_process and hasattr(agent.model, "save_pretrained"):
         agent.model.save_pretrained(run / "adapter")  # for peft, and whoever loads its adapters
-    summary = {name: getattr(args, name) for name in ("env", "task", "method", "norm", "model",
-                                                      "seed")}
-    summary |= {"env_steps": n_updates * steps_per_update, "seconds": seconds, "before": before,
-                "after": after}
-    write(run / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2)))
+    write(run / "summary.json", json.dumps(asdict(args) | {
+        "env_steps": len(rows) * steps_per_update, "seconds": seconds, "before": before,
+        "after": after}, indent=2))
     if after is None:
         return
     print("after training: ", describe(after))
@@ -788,68 +757,60 @@ def train(args, agent: Agent, run: Path, plays=Episode):
 What was learned, in {seconds:.0f} s and {n_updates * steps_per_update:,} decisions:
   success  {before['success']:.3f} -> {after['success']:.3f}   (best: 1)
   return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: {best:.3f})
-The run is in {run}: {", ".join(sorted(path.name for path in run.iterdir()))}.
+The run is in {run}: {", ".join(sorted(path.name for path in run.glob("*")))}.
 What to do next:
   python experiments/watch.py {run}   # see it decide, step by step
-  {program} --evaluate {run}   # more episodes of this agent
+  python {sys.argv[0]} --evaluate {run}   # more episodes of this agent
   python twosome.py --env virtualhome   # another world""")
 
 
 # === 8. Arguments and command line. For each knob its reason, and the paper's value. ==============
 
-def knob(default, help, choices=None, kind=None):
-    return field(default=default, metadata={"help": help, "choices": choices,
-                                            "type": kind or type(default)})
+def knob(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
 class Args:
-    env: str = knob("overcooked", "the environment", ENVS)
+    env: str = knob("overcooked", "the environment", choices=[*ENVS])
     task: str = knob("", "a task of the environment; without it, its first one")
     norm: str = knob("word", "divide an action's log-probability by its words (the paper's best), "
-                     "by its tokens, or not at all", ("word", "token", "none"))
-    model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B; ours: "
-                      "pocket_lm, which comes with this file and needs no download")
-    steps: int = knob(None, "environment steps (decisions); without it, the task's own number; 0: "
-                      "only evaluate the untrained LLM; paper: 500,000 Overcooked, 50,000 and "
-                      "200,000 VirtualHome", kind=int)
-    seed: int = knob(1, "seed of everything random: LoRA, critic, sampled actions, minibatches")
+                     "by its tokens, or not at all", choices=["word", "token", "none"])
+    model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B")
+    steps: int | None = knob(None, "decisions to learn from; 0: none; without it see TASK_STEPS; "
+                             "paper: 500,000 Overcooked, 50,000 and 200,000 VirtualHome")
+    seed: int = knob(1, "of everything random: LoRA, critic, sampled actions, minibatches")
     out: str = knob("", "the run's folder; without it, a new one under runs/")
-    device: str = knob("auto", "auto takes cuda, then mps, then cpu",
-                       ("auto", "cpu", "cuda", "mps"))
+    device: str = knob("auto", "the first of cuda, mps and cpu that is there",
+                       choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
-                      "paper: float16 throughout", ("float32", "bfloat16"))
+                      "paper: float16 throughout", choices=["float32", "bfloat16"])
     # --- rollout
-    n_envs: int = knob(8, "environments played side by side; paper: 4; the scores of a state are "
-                       "remembered, so more environments are almost free")
+    n_envs: int = knob(8, "environments side by side, for each process; paper: 4; a state is "
+                       "scored once, so more are almost free")
     rollout_steps: int = knob(64, "decisions of each environment between two updates; paper: 32; "
-                              "ours is longer so that a rollout holds whole episodes")
+                              "ours holds whole episodes")
     # --- returns
-    gamma: float = knob(None, "discount per time step of the environment; Overcooked 0.99, "
-                        "VirtualHome 0.95; paper: the same", kind=float)
+    gamma: float | None = knob(None, "discount per time step; without it 0.99 in Overcooked, 0.95 "
+                               "in VirtualHome; paper: the same")
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
-    bootstrap_time_limit: bool = knob(
-        True, "at the time limit add the critic's value of the state reached; paper: it is an end")
-    advantage_eps: float = knob(1.0, "added to the standard deviation that advantages are divided "
-                                "by; paper: 1e-8, which turns the critic's smallest errors into "
-                                "full-size steps where nothing is earned")
+    bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
+    advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
     # --- update. A small LM must move much further from its prior than LLaMA-7B, hence the rates.
     policy_lr: float = knob(2e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int = knob(4, "passes over a rollout; paper: 1, which wastes data at our small scale")
-    minibatches: int = knob(2, "optimiser steps per pass; paper: 4. A state that occurs often in a "
-                            "minibatch costs one forward pass, so large minibatches are cheap")
+    minibatches: int = knob(2, "optimiser steps per pass; paper: 4; in each of them a state costs "
+                            "one forward pass, however often it occurs")
     max_prompts: int = knob(4, "states that go through the LM at once: memory grows with it, the "
                             "numbers stay the same but for rounding; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; as long as nothing is "
-                           "earned the bonus alone would move the policy, away from what the LM "
-                           "knows, and with --norm word a small LM explores enough")
-    vf_coef: float = knob(0.5, "weight of the value loss; matters to max_grad_norm only, as the "
-                          "critic has an Adam of its own, blind to scale; paper: the same")
+    ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; until something is "
+                           "earned it would be the only force, away from what the LM knows")
+    vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
-    method: str = field(default="twosome", metadata=None)  # experiments/baselines.py has others
+    method: str = knob("twosome", "experiments/baselines.py has others", choices=["twosome"])
 
     def __post_init__(self):
         tasks = ENVS[self.env].TASKS
@@ -860,14 +821,12 @@ class Args:
             self.steps = TASK_STEPS.get(self.task, 5_120)
         if self.gamma is None:
             self.gamma = 0.99 if self.env == "overcooked" else 0.95
-        for f in fields(self):  # what would not fail by itself
-            value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
-            if f.name in ("gamma", "gae_lambda") and value > 1:
-                raise ValueError(f"{name} is at most 1")
-            if isinstance(value, float) and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a number, 0 or larger")
-            if type(value) is int and f.name != "seed" and value < (f.name != "steps"):
-                raise ValueError(f"{name} is too small")
+        for name, value in vars(self).items():  # what would not fail by itself
+            smallest = 1 if type(value) is int and name != "steps" else 0
+            largest = 1 if name in ("gamma", "gae_lambda") else float("inf")
+            if type(value) in (int, float) and name != "seed" and not (
+                    smallest <= value <= largest and value != float("inf")):
+                raise ValueError(f"--{name.replace('_', '-')} {value} is out of range")
 
 
 # Decisions in which pocket_lm learns each task, chosen on seeds that no reported run uses.
@@ -875,51 +834,42 @@ TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 12_800,
               "food-preparation": 5_120, "entertainment": 30_720}
 
 
-def parse(argv, own: dict) -> dict:
-    """Return the flags that were given. own: other defaults than those of Args."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for f in fields(Args):
-        if f.metadata:
-            default = own.get(f.name, f.default)
-            text = f.metadata["help"] + (f" (default: {default})" if default not in ("", None) else "")
-            kind = ({"action": argparse.BooleanOptionalAction} if f.metadata["type"] is bool else
-                    {"type": f.metadata["type"], "choices": f.metadata["choices"]})
-            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    modes.add_argument("--evaluate", metavar="RUN", help=f"play {EVALUATION_EPISODES} more "
-                       "episodes with a run's agent, with the flags given here instead of its own")
-    return vars(parser.parse_args(argv))
-
-
 def command(argv, own, make_agent, plays):
-    given = parse(argv, own)
-    resumed, evaluated = given.pop("resume", None), given.pop("evaluate", None)
-    old = Path(resumed or evaluated or "")
-    config = json.loads((old / "config.json").read_text()) if resumed or evaluated else own
-    args = Args(**(config | given))
+    parser = HfArgumentParser(Args, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--resume", metavar="RUN", type=Path, help="go on with an interrupted run")
+    modes.add_argument("--evaluate", metavar="RUN", type=Path, help="play "
+                       f"{EVALUATION_EPISODES} more episodes with a run's agent; other flags then "
+                       "replace its own")
+    given = parser.parse_args(argv)
+    old = given.resume or given.evaluate
+    config = json.loads((old / "config.json").read_text()) if old else own
+    parser.set_defaults(**config)  # and now with these in place of those of Args
+    given = vars(parser.parse_args(argv))
+    resumed, evaluated = given.pop("resume"), given.pop("evaluate")
+    args = Args(**given)
     if resumed and asdict(args) != config:
-        raise ValueError(f"a resumed run keeps its flags; leave out --{', --'.join(given)}")
+        raise ValueError("a resumed run keeps its flags; leave them out")
     if resumed and (old / "summary.json").exists():
         raise ValueError(f"{old} is finished; evaluate it with --evaluate {old}")
-    name = f"runs/{args.task}-{args.norm if args.method == 'twosome' else args.method}-seed{args.seed}"
-    names = [args.out] if args.out else [name, *(f"{name}-{again}" for again in range(2, 1000))]
+    label = args.norm if args.method == "twosome" else args.method
+    names = [args.out] if args.out else [f"runs/{args.task}-{label}-seed{args.seed}{again}"
+                                         for again in ("", *(f"-{n}" for n in range(2, 1000)))]
     free = [x for x in map(Path, names) if not x.exists() or x.is_dir() and not any(x.iterdir())]
-    if not free:
-        raise ValueError(f"{names[-1]} exists already; choose another --out, or --resume it")
+    if not (free or old):
+        raise ValueError(f"{names[0]} exists already; choose another --out, or --resume it")
     PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    (run,) = broadcast_object_list(free[:1])  # as the first process sees it
+    (run,) = broadcast_object_list(free[:1] or [old])  # as the first process sees it
     if not PartialState().is_main_process:  # it does what the first one does, but nobody sees it
         sys.stdout = open(os.devnull, "w")
     torch.manual_seed(args.seed)
     agent = make_agent(args)
-    if evaluated:
-        load_checkpoint(old, agent)
-        result = evaluate(agent, args, EVALUATION_EPISODES, "another", plays)
-        print(f"{args.task}: {describe(result)}")
-        return show_episode(agent, args, plays)
-    train(args, agent, old if resumed else run, plays)
+    if not evaluated:
+        return train(args, agent, old if resumed else run, plays)
+    load_checkpoint(old, agent)
+    result = evaluate(agent, args, EVALUATION_EPISODES, "another", plays)
+    print(f"{args.task}: {describe(result)}")
+    show_episode(agent, args, plays)
 
 
 def main(argv=None, own={}, make_agent=make_agent, plays=Episode):
