@@ -772,7 +772,7 @@ def knob(default, help, **more):
 
 @dataclass
 class Args:
-    env: str = knob("overcooked", "the environment", choices=[*ENVS])
+    env: str = knob("overcooked", "the environment", choices=ENVS)
     task: str = knob("", "a task of the environment; without it, its first one")
     norm: str = knob("word", "divide an action's log-probability by its words (the paper's best), "
                      "by its tokens, or not at all", choices=["word", "token", "none"])

@@ -46,6 +46,7 @@ class Baseline(Agent):
     def __init__(self, model: nn.Module, critic: nn.Module):
         nn.Module.__init__(self)  # not Agent's: there is no LLM to wrap
         self.model, self.critic, self.max_prompts = model, critic, 1024
+        self.policy_memory = {}
         self.optimizers = {
             name: torch.optim.Adam(weights, eps=1e-5) for name, part in (
                 ("policy", model), ("value", critic))
@@ -101,9 +102,8 @@ class SayCan(Baseline):
     """
 
     def __init__(self, llm: Agent, n_inputs: int, n_actions: int):
-        # The LLM is never trained, so what it says is remembered for good.
+        # The LLM is never trained, so what it says is remembered for good: in its policy_memory.
         super().__init__(llm.requires_grad_(False), tanh_mlp(n_inputs, n_actions, gain=0.01))
-        self.said = {}
 
     def affordance(self, seen, offered) -> list[torch.Tensor]:
         """Logits that the offered actions succeed, near 0 at first: B tensors (K_b,)."""
@@ -114,7 +114,7 @@ class SayCan(Baseline):
         seen, offered = zip(*states)
         says = self.model.fixed_log_policy([
             (prompt, tuple(phrase for _, phrase in actions))
-            for (prompt, _), actions in zip(seen, offered)], self.said)
+            for (prompt, _), actions in zip(seen, offered)])
         can = self.affordance(seen, offered)
         return [F.log_softmax(say + F.logsigmoid(c), -1) for say, c in zip(says, can)]
 
@@ -126,7 +126,7 @@ class SayCan(Baseline):
 
             L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
         """
-        losses = []
+        self.policy_memory, losses = {}, []
         for batch in minibatches(len(rollout.states), args, rng):
             logits = self.affordance(*zip(*(rollout.states[i] for i in batch)))
             chosen = torch.stack([row[rollout.chosen[i]] for row, i in zip(logits, batch)])
@@ -149,6 +149,12 @@ class RandomAgent(Baseline):
 
     def log_policy(self, states):
         return [torch.zeros(len(offered)).log_softmax(-1) for _, offered in states]
+
+    def value(self, prompts):
+        return torch.zeros(len(prompts))
+
+    def learn(self, rollout, args, rng) -> dict:
+        return {}
 
 
 PLAYS = {"ppo": SymbolicEpisode, "saycan": SkillEpisode, "random": Episode, "twosome": Episode}

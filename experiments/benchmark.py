@@ -5,19 +5,22 @@
     python experiments/benchmark.py --model llama-7b --device cuda --dtype bfloat16
     python experiments/benchmark.py --model FOLDER --tasks entertainment --repeats 5
 
-Both ways run here, on one model, in turns (plain, ours, plain, ours, ...), each time from the same
-weights and seed. Nothing is remembered from one repetition to the next.
+Both ways run in turns, each time from the same weights and seed, and with nothing remembered.
 
-iteration  4 environments x 32 decisions: rollout, value update, policy update
-scoring    the rollout's distinct states, four at a time, without gradients:
-           twosome.plain_log_probs against twosome.packed_log_probs
-memory     CPU: resident memory, each way in a fresh process; CUDA: allocated memory
-parity     the largest difference of a probability between the two ways, over all states of the
-           rollout, after one update; above 1e-5 in float32 this script fails
+iteration       the reference's own: 4 environments x 32 decisions, then one pass of the critic and
+                one of the policy over these 128 decisions. Both ways are measured whole.
+default update  twosome.py's own: n_envs x rollout_steps decisions (512), epochs (4) passes, all of
+                them (no KL stop), and the first update, when nothing is remembered yet; without the
+                episodes that only a row of the log needs. Ours is measured whole. The plain way is
+                not run but multiplied out, from each of its iterations above: decisions x
+                (rollout / 128 + epochs x (value update + policy update) / 128). (The tokens per
+                decision of the two rollouts differ by 1 to 5%.)
+GFLOP, MiB      of an iteration, each way in a fresh process; CPU: resident memory, CUDA: allocated
+parity          the largest difference of a probability between the two ways, over all states of the
+                iteration, after one update; above 1e-5 in float32 this script fails
 
-A warm-up comes before the clock runs (of the iteration only ours, which has something to warm).
-It includes may_pack's check of the model against the definition, which is therefore in no time
-below; on CPU it is in the memory of our way.
+A warm-up of our way comes before the clock runs. It includes may_pack's check of the model against
+the definition, which is therefore in no time below, but in the memory of our way.
 
 llama-15m and llama-7b are made here with random weights: time and memory depend on the shape. They
 use pocket_lm's tokenizer, whose 560 ids are valid in a vocabulary of 32,000; a real tokenizer of
@@ -30,19 +33,20 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
-import textwrap
 import time
-from collections import Counter
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, median
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,105 +62,75 @@ encode = twosome.encode  # its cache is emptied before each repetition; the plai
 
 # --- the plain way: what the reference does, on our prompts, environments and weights -------------
 
-def to_policy(log_probs, states) -> list[torch.Tensor]:
-    """Joint log-probabilities, divided by words, become log pi(. | s): B tensors (K_b,)."""
-    words = [torch.tensor([len(action.split()) for action in actions]) for _, actions in states]
-    return [F.log_softmax(x, -1) for x in twosome.normalize(log_probs, None, words, "word")]
+class PlainAgent(twosome.Agent):
+    """The same networks. Nothing is remembered, and no two actions or decisions share anything."""
+
+    def __init__(self, ours: twosome.Agent):
+        nn.Module.__init__(self)
+        self.tokenizer, self.norm, self.optimizers = ours.tokenizer, ours.norm, ours.optimizers
+        self.model, self.critic, self.values = ours.model, ours.critic, {}
+
+    def log_policy(self, states):
+        """A row for each action of each state, each time tokenised anew; log-softmax at every
+        position, over the whole vocabulary (in float32; the reference: in half precision)."""
+        with patch.multiple(twosome, score=twosome.plain_log_probs, encode=encode.__wrapped__):
+            return super().log_policy(states)
+
+    def features(self, prompts):
+        """Each time a pass of all prompts through the whole LM, its adapter off."""
+        rows = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True).to(self.model.device)
+        with torch.no_grad(), self.model.disable_adapter():
+            hidden = self.model(input_ids=ids, use_cache=False, output_hidden_states=True
+                                ).hidden_states[-1]  # (B, L, H)
+        return hidden[torch.arange(len(rows)), [len(row) - 1 for row in rows]].float()
+
+    @torch.no_grad()
+    def fixed_log_policy(self, states):
+        """A step of the rollout: one pass for the values of all environments, one for the policies.
+        twosome.collect asks for the values at the end; they are kept until then."""
+        prompts = [prompt for prompt, _ in states]
+        self.values.update(zip(prompts, super().value(prompts)))
+        return self.log_policy(states)
+
+    def value(self, prompts):
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.values]
+        if new:  # the states after the last step
+            self.values.update(zip(new, super().value(new)))
+        return torch.stack([self.values[prompt] for prompt in prompts])
 
 
-def padded(rows, device) -> dict[str, torch.Tensor]:
-    pad = lambda lists: pad_sequence([*map(torch.tensor, lists)], batch_first=True).to(device)
-    return {"input_ids": pad(rows), "attention_mask": pad([[1] * len(row) for row in rows])}
-
-
-def plain_log_policy(agent, states) -> list[torch.Tensor]:
-    """log pi(. | s): one padded row for each action of each state, and nothing is remembered.
-
-    Logits and log-softmax at every position, over the whole vocabulary. (The softmax is float32 as
-    ours is. The reference has it in half precision, where the two could not be compared.)
-    """
-    encoded = [encode.__wrapped__(agent.tokenizer, *state) for state in states]
-    rows = [prompt + action for prompt, actions in encoded for action in actions]
-    batch = padded(rows, agent.model.device)
-    logits = agent.model(**batch, use_cache=False).logits  # (R, L, V)
-    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)[:, :-1]
-    log_p = log_p.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)  # (R, L-1)
-    starts = [len(prompt) - 1 for prompt, actions in encoded for _ in actions]
-    sums = [row[start:len(ids) - 1].sum() for row, start, ids in zip(log_p, starts, rows)]
-    return to_policy(torch.stack(sums).split([len(actions) for _, actions in encoded]), states)
-
-
-def plain_value(agent, states) -> torch.Tensor:
-    """V(s), (B,): every time a pass of the prompts through the whole LM, its adapter off."""
-    prompts = [agent.tokenizer(prompt)["input_ids"] for prompt, _ in states]
-    with torch.no_grad(), agent.model.disable_adapter():
-        hidden = agent.model(**padded(prompts, agent.model.device), use_cache=False,
-                             output_hidden_states=True).hidden_states[-1]  # (B, L, H)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    return agent.critic(hidden[torch.arange(len(last)), last].float()).squeeze(-1)
-
-
-@torch.no_grad()
-def plain_collect(agent, playing, args, rng) -> twosome.Rollout:
-    """At each step one pass for the policies and one for the values of all environments."""
-    decisions = []
-    for _ in range(args.rollout_steps):
-        now = [episode.state for episode in playing]
-        values, policies = plain_value(agent, now).tolist(), plain_log_policy(agent, now)
-        for episode, state, value, policy in zip(playing, now, values, policies):
-            action = twosome.sample(policy, rng.random())
-            reward, discount, terminated, truncated = episode.act(action)
-            done = terminated or truncated
-            decisions.append((state, action, policy[action].item(), value, reward, discount, done))
-            if done:
-                episode.start()
-    bootstrap = plain_value(agent, [episode.state for episode in playing]).cpu()
-    states, chosen, log_prob, *columns = zip(*decisions)
-    value, reward, discount, done = (
-        torch.tensor(x, dtype=torch.float32).view(-1, len(playing)) for x in columns)  # (T, N)
-    next_value = torch.cat([value[1:], bootstrap[None]]) * (1 - done)
-    advantage = twosome.gae(reward, discount, value, next_value, done, args.gae_lambda).flatten()
-    return twosome.Rollout(states, torch.tensor(chosen), torch.tensor(log_prob), value.flatten(),
-                           advantage, advantage + value.flatten(), [])
-
-
-def plain_update_value(agent, optimizer, rollout, args, rng):
-    """4 minibatches of 32; the prompts go through the LM once more."""
+def plain_update_value(agent, rollout, args, rng):
+    """4 minibatches of 32; each goes through the LM once more."""
     for batch in twosome.minibatches(len(rollout.states), args, rng):
-        value = plain_value(agent, [rollout.states[i] for i in batch])
-        old, returns = (x[batch].to(value.device) for x in (rollout.value, rollout.returns))
-        clipped = old + (value - old).clamp(-args.clip_coef, args.clip_coef)
-        error = torch.max((value - returns) ** 2, (clipped - returns) ** 2)
-        optimizer.zero_grad()
-        (args.vf_coef * 0.5 * error.mean()).backward()
-        torch.nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
-        optimizer.step()
+        part = SimpleNamespace(states=[rollout.states[i] for i in batch],
+                               value=rollout.value[batch], returns=rollout.returns[batch])
+        twosome.update_value(agent, part, replace(args, minibatches=1), rng)
 
 
-def plain_update_policy(agent, optimizer, rollout, args, rng):
+def plain_update_policy(agent, rollout, args, rng):
     """One epoch, 4 decisions at a time; the gradients of 8 such minibatches make one step."""
     weights = [p for p in agent.model.parameters() if p.requires_grad]
     order = rng.sample(range(len(rollout.states)), len(rollout.states))
-    optimizer.zero_grad()
+    agent.optimizers["policy"].zero_grad()
     for start in range(0, len(order), 4):
         batch = order[start:start + 4]
-        policies = plain_log_policy(agent, [rollout.states[i] for i in batch])
+        policies = agent.log_policy([rollout.states[i] for i in batch])
         new = torch.stack([policy[rollout.chosen[i]] for policy, i in zip(policies, batch)])
-        entropy = torch.stack([-(policy.exp() * policy).sum() for policy in policies]).mean()
-        advantage = rollout.advantage[batch].to(new.device)
+        entropy = torch.stack([-(policy.exp() * policy).sum() for policy in policies])
+        advantage = rollout.advantage[batch]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        ratio = (new - rollout.log_prob[batch].to(new.device)).exp()
-        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
-        (-(surrogate + args.ent_coef * entropy) / 8).backward()
+        loss, _ = twosome.policy_loss(new, rollout.log_prob[batch], advantage, entropy,
+                                      args.clip_coef, args.ent_coef)
+        (loss / 4 / 8).backward()
         if start % 32 == 28:
-            torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+            agent.optimizers["policy"].step()
+            agent.optimizers["policy"].zero_grad()
 
 
-WAYS = {"plain": (plain_collect, plain_update_value, plain_update_policy),
-        "ours": (twosome.collect, twosome.update_value, twosome.update_policy)}
+UPDATES = {"plain": (plain_update_value, plain_update_policy),
+           "ours": (twosome.update_value, twosome.update_policy)}
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -173,69 +147,45 @@ def timed(function, *args):
 
 def make_agent(options) -> twosome.Agent:
     torch.manual_seed(1)
-    name, dtype = options.model, options.dtype
-    model, tokenizer = twosome.load_lm("pocket_lm" if name in SHAPES else name, options.device,
-                                       dtype)
-    if name in SHAPES:
-        width, mlp, layers, heads, tied = SHAPES[name]
+    shape, device, dtype = SHAPES.get(options.model), options.device, options.dtype
+    model, tokenizer = twosome.load_lm("pocket_lm" if shape else options.model, device, dtype)
+    if shape:
+        width, mlp, layers, heads, tied = shape
         config = LlamaConfig(
             vocab_size=32_000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
             num_attention_heads=heads, tie_word_embeddings=tied, max_position_embeddings=2048)
-        with torch.device(options.device):
+        with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    agent = twosome.Agent(model, tokenizer)
+    agent = twosome.Agent(model, tokenizer, targets=twosome.lora_targets(model))
     agent.at_first = {n: p.detach().clone() for n, p in twosome.trained_parameters(agent).items()}
-    agent.count = Counter()  # (tokens or logits, under gradients): how many, padding included
-
-    def count_tokens(_, args, kwargs):
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        agent.count["tokens", torch.is_grad_enabled()] += ids.numel()
-
-    def count_logits(_, args):
-        agent.count["logits", torch.is_grad_enabled()] += args[0].shape[:-1].numel()
-
-    agent.model.get_decoder().register_forward_pre_hook(count_tokens, with_kwargs=True)
-    agent.model.get_output_embeddings().register_forward_pre_hook(count_logits)
     return agent
 
 
 def iteration(way: str, agent, args):
-    """One iteration, with an agent as on its first day. Return (seconds of its parts, rollout)."""
-    with torch.no_grad():
-        for name, parameter in twosome.trained_parameters(agent).items():
-            parameter.copy_(agent.at_first[name])
-            parameter.grad = None
-    for memory in (agent.policy_memory, agent.features_memory, agent.count):
-        memory.clear()
+    """A rollout and what is learned from it, as on the first day: seconds of its parts, rollout."""
+    for name, parameter in twosome.trained_parameters(agent).items():
+        parameter.data.copy_(agent.at_first[name])
+        parameter.grad = None
+    for name, rate in (("policy", args.policy_lr), ("value", args.value_lr)):
+        agent.optimizers[name].state.clear()
+        agent.optimizers[name].param_groups[0]["lr"] = rate
+    agent.policy_memory, agent.features_memory = {}, {}
     encode.cache_clear()
-    actor = [p for p in agent.model.parameters() if p.requires_grad]
-    policy = torch.optim.Adam(actor, args.policy_lr, eps=1e-5)
-    value = torch.optim.Adam(agent.critic.parameters(), args.value_lr, eps=1e-5)
     playing = [twosome.make_episode(args) for _ in range(args.n_envs)]
-    rng, (collect, update_value, update_policy) = random.Random(args.seed), WAYS[way]
-    a, rollout = timed(collect, agent, playing, args, rng)
-    b, _ = timed(update_value, agent, value, rollout, args, rng)
-    c, _ = timed(update_policy, agent, policy, rollout, args, rng)
-    return {"iteration": a + b + c, "rollout": a, "value update": b, "policy update": c}, rollout
+    rng, player = random.Random(args.seed), PlainAgent(agent) if way == "plain" else agent
+    a, rollout = timed(twosome.collect, player, playing, args, rng)
+    rollout.advantage[0] += 1.0  # where nothing was earned, ours would skip the policy's update
+    b, c = (timed(update, player, rollout, args, rng)[0] for update in UPDATES[way])
+    return {"iteration, s": a + b + c, "rollout, s": a, "value update, s": b,
+            "policy update, s": c}, rollout
 
 
 @torch.no_grad()
-def scoring(agent, states, ways, repeats: int) -> tuple[dict, float]:
-    """Seconds of each way for these states, and the largest difference of a probability."""
-    batches = [states[i:i + 4] for i in range(0, len(states), 4)]
-    encoded = [[encode(agent.tokenizer, *state) for state in batch] for batch in batches]
-    score = {"plain": twosome.plain_log_probs, "ours": twosome.packed_log_probs}
-    seconds, probabilities = {way: [] for way in ways}, []
-    for repeat, way in itertools.product(range(repeats + 1), ways):
-        took, parts = timed(lambda: [score[way](agent.model, batch) for batch in encoded])
-        if repeat == 0:  # the warm-up
-            probabilities.append(torch.cat(to_policy(sum(parts, []), states)).exp())
-        else:
-            seconds[way].append(took)
-    if "plain" in ways:  # and the same in the words of this file
-        policies = [plain_log_policy(agent, batch) for batch in batches]
-        probabilities.append(torch.cat(sum(policies, [])).exp())
-    return seconds, max((p - probabilities[-1]).abs().max().item() for p in probabilities)
+def parity(agent, states) -> float:
+    """The largest difference of a probability between the two ways."""
+    batches, plain = [states[i:i + 4] for i in range(0, len(states), 4)], PlainAgent(agent)
+    return max((x.exp() - y.exp()).abs().max().item() for batch in batches
+               for x, y in zip(agent.log_policy(batch), plain.log_policy(batch)))
 
 
 def peak_memory(device) -> int:
@@ -246,147 +196,79 @@ def peak_memory(device) -> int:
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory(way: str, agent, args) -> tuple[int, int]:
-    """Bytes: as soon as the model is there, and at the peak of an iteration."""
+def cost(way: str, agent, args) -> dict:
+    """What an iteration costs besides time: memory, and the operations of all matrix products,
+    forward and backward, as torch counts them."""
     device = agent.model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    loaded = peak_memory(device)
-    iteration(way, agent, args)
-    return loaded, peak_memory(device)
+    loaded, _, most = peak_memory(device), iteration(way, agent, args), peak_memory(device)
+    with FlopCounterMode(display=False) as counter:  # it takes memory itself
+        iteration(way, agent, args)
+    return {"GFLOP": [counter.get_total_flops() / 1e9],
+            "MiB above the loaded model": [(most - loaded) / 2**20], "MiB in all": [most / 2**20]}
 
 
-def memory_alone(way: str, task: str, options) -> tuple[int, int]:
+def cost_alone(way: str, task: str, options) -> dict:
     """The same in a fresh process. On Linux a child starts with its parent's peak, so this must be
     called while the parent is small."""
     done = subprocess.run(
         [sys.executable, __file__, "--only", way, "--tasks", task, "--model", options.model,
-         "--dtype", options.dtype, "--rollout-steps", str(options.rollout_steps)],
-        capture_output=True, text=True)
+         "--device", options.device, "--dtype", options.dtype,
+         "--rollout-steps", str(options.rollout_steps)], capture_output=True, text=True)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"{way} ended with code {done.returncode}"]
-        raise twosome.UserError(lines[-1].removeprefix("benchmark.py: "))
-    return tuple(json.loads(done.stdout))
+        lines = done.stderr.strip().splitlines() or [f"{way} ended with {done.returncode}"]
+        raise ValueError(lines[-1].removeprefix("benchmark.py: "))
+    return json.loads(done.stdout)
 
 
-def where_our_time_goes(agent, args) -> dict:
-    """Seconds of one more iteration of ours by parts, each without the parts called inside it."""
-    seconds, running = Counter(), [["", 0.0]]  # of the parts now running: name, seconds inside
-
-    def part(name, function):
-        def wrapped(*args, **kwargs):
-            if running[-1][0] == "critic's features":  # all in one
-                return function(*args, **kwargs)
-            running.append([name + ", with gradients" * (
-                name == "LM forward" and torch.is_grad_enabled()), 0.0])
-            took, result = timed(lambda: function(*args, **kwargs))
-            own_name, inside = running.pop()
-            seconds[own_name] += took - inside
-            running[-1][1] += took
-            return result
-        return wrapped
-
-    with ExitStack() as patches:
-        for owner, function, name in (
-                (agent.model.get_decoder(), "forward", "LM forward"),
-                (agent.model.get_output_embeddings(), "forward", "LM forward"),
-                (twosome.Agent, "features", "critic's features"), (twosome, "encode", "tokenising"),
-                (twosome, "packed_log_probs", "packing, masks, log-softmax"),
-                (torch.Tensor, "backward", "backward"), (twosome.Episode, "act", "environments"),
-                (torch.optim.Adam, "step", "optimisers"),
-                (torch.nn.utils, "clip_grad_norm_", "optimisers")):
-            patches.enter_context(
-                patch.object(owner, function, part(name, getattr(owner, function))))
-        total = iteration("ours", agent, args)[0]["iteration"]
-    return dict(seconds.most_common()) | {"the rest": total - seconds.total()}
-
-
-def matmul_peak(options) -> float:
-    """FLOP/s of the fastest square matrix product found: the most this machine can do."""
-    best = 0.0
-    for n in (8192,) if options.device == "cuda" else (512, 1024, 2048):
-        a = torch.randn(n, n, device=options.device, dtype=getattr(torch, options.dtype))
-        best = max([best] + [2 * n ** 3 / timed(torch.mm, a, a)[0] for _ in range(10)])
-    return best
-
-
-def flops(agent) -> float:
-    """What the LM's matrices cost, estimated from the tokens that went through.
-
-    Forward: a multiplication and an addition for each weight and token; the vocabulary matrix only
-    where logits were computed, the embedding not at all. Backward: the weights are frozen, so only
-    the gradients of the activations are needed, about as much again as the forward pass. Left out:
-    attention between tokens, the critic, LoRA's gradients.
-    """
-    embedding, head = (layer.weight.numel() for layer in (
-        agent.model.get_input_embeddings(), agent.model.get_output_embeddings()))
-    body = sum(p.numel() for p in agent.model.get_decoder().parameters()) - embedding
-    return sum(2 * weights * (agent.count[what, False] + 2 * agent.count[what, True])
-               for weights, what in ((body, "tokens"), (head, "logits")))
-
-
-def measure(agent, args, options, ways, peak: float, resident: dict) -> dict:
-    """Everything about one task. resident: the memory of each way, where it was measured alone."""
+def measure(agent, args, default, repeats: int, costs: dict) -> dict:
+    """Everything about one task; of each measure a list, the repetitions. costs: way -> cost."""
     _, rollout = iteration("ours", agent, args)  # the warm-up
     states = list(dict.fromkeys(rollout.states))
     if not twosome.may_pack(agent.model, [encode(agent.tokenizer, *state) for state in states]):
-        raise twosome.UserError("this model cannot be packed, so the two ways score alike")
-    scored, parity = scoring(agent, states, ways, options.repeats)  # LoRA has moved by now
-    runs, visited, result = {way: [] for way in ways}, [], {}
-    for _, way in itertools.product(range(options.repeats), ways):
+        raise ValueError("this model cannot be packed, so the two ways score alike")
+    result = {"states": len(states), "rows": sum(len(actions) for _, actions in states),
+              "parity": parity(agent, states)}  # LoRA has moved by now
+    runs, visited = {way: [] for way in UPDATES}, []
+    for _, way in itertools.product(range(repeats), UPDATES):
         seconds, rollout = iteration(way, agent, args)
         runs[way].append(seconds)
         visited.append((rollout.states, rollout.chosen.tolist()))
-        result[way] = {"tokens, forward only": agent.count["tokens", False],
-                       "tokens, with gradients": agent.count["tokens", True],
-                       "GFLOP": flops(agent) / 1e9}
-    for way in ways:
-        loaded, most = resident.get(way) or memory(way, agent, args)
-        seconds = {f"{part}, s": [run[part] for run in runs[way]] for part in runs[way][0]}
-        rate = result[way]["GFLOP"] / median(seconds["iteration, s"])
-        result[way] = seconds | {"scoring, s": scored[way]} | result[way] | {
-            "GFLOP/s": rate, "% of the fastest product": 100e9 * rate / peak,
-            "MiB above the loaded model": (most - loaded) / 2**20, "MiB in all": most / 2**20}
-    return result | {"states": len(states), "rows": sum(len(actions) for _, actions in states),
-                     "parity": parity, "same decisions": all(v == visited[0] for v in visited),
-                     "where our time goes, s": where_our_time_goes(agent, args)}
+        result[way] = {part: [run[part] for run in runs[way]] for part in seconds} | costs[way]
+    times = default.n_envs * default.rollout_steps / (args.n_envs * args.rollout_steps)
+    result["plain"]["default update, s"] = [
+        times * (run["rollout, s"] + default.epochs * (
+            run["value update, s"] + run["policy update, s"])) for run in runs["plain"]]
+    result["ours"]["default update, s"] = [
+        iteration("ours", agent, default)[0]["iteration, s"] for _ in range(repeats)]
+    return result | {"same decisions": all(v == visited[0] for v in visited)}
 
 
 # --- the report -----------------------------------------------------------------------------------
 
-def machine(options) -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in
-             (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-             if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+def machine(device: str) -> dict:
+    path = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu"}
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
 
 
-def cell(value) -> str:
-    if isinstance(value, list):
-        return f"{median(value):.3g} [{min(value):.3g}, {max(value):.3g}]"
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def cell(x: list[float]) -> str:
+    text = f"{median(x):,.0f}" if median(x) >= 1000 else f"{median(x):.3g}"
+    return f"{text} [{min(x):.3g}, {max(x):.3g}]" if len(x) > 1 else text
 
 
 def report(results: dict):
     print(*(f"{name} {value}" for name, value in results["machine"].items()), sep=", ")
-    print(f"fastest matrix product: {results['matmul_peak'] / 1e9:,.0f} GFLOP/s")
     for task, t in results["tasks"].items():
-        print(f"\n{task}: {t['states']} distinct states with {t['rows']} actions")
-        print(f"  {'median [lowest, highest]':26}{'plain':>28}{'ours':>28}{'plain/ours':>13}")
+        print(f"\n{task}: {t['states']} distinct states with {t['rows']} actions\n"
+              f"  {'median [lowest, highest]':26}{'plain':>28}{'ours':>28}{'plain/ours':>13}")
         for name, ours in t["ours"].items():
-            plain = t.get("plain", {}).get(name)
-            a, b = (median(x) if isinstance(x, list) else x for x in (plain, ours))
-            print(f"  {name:26}{cell(plain):>28}{cell(ours):>28}{cell(a and a / b):>13}")
-        if "plain" in t:
-            print(f"  largest difference of a probability {t['parity']:.0e}; the same decisions in "
-                  f"all iterations: {'yes' if t['same decisions'] else 'no'}")
-        parts = t["where our time goes, s"]
-        shares = (f"{name} {s / sum(parts.values()):.0%}" for name, s in parts.items())
-        print(textwrap.fill("our time: " + " · ".join(shares), 98, initial_indent="  ",
-                            subsequent_indent="            "))
+            plain = t["plain"][name]
+            print(f"  {name:26}{cell(plain):>28}{cell(ours):>28}"
+                  f"{median(plain) / median(ours):>13.3g}")
+        print(f"  largest difference of a probability {t['parity']:.0e}; the same decisions in "
+              f"all iterations: {'yes' if t['same decisions'] else 'no'}")
     for name, mean in results["geometric mean of plain/ours"].items():
         print(f"\ngeometric mean of plain/ours, {name.removesuffix(', s')}: {mean:.3g}")
 
@@ -395,62 +277,44 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="pocket_lm",
                         help=f"pocket_lm (default), {', '.join(SHAPES)}, or a folder")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--skip-plain", action="store_true", help="measure only our way")
     parser.add_argument("--out", help="default: experiments/results/benchmark-MODEL-DEVICE.json")
     parser.add_argument("--rollout-steps", type=int, default=32, help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=tuple(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=tuple(UPDATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for task in options.tasks:
-        if task not in TASKS:
-            raise twosome.UserError(f"no task {task}; the tasks are {', '.join(TASKS)}")
-    if options.repeats < 1 or options.rollout_steps < 8 or options.rollout_steps % 8:
-        raise twosome.UserError("--repeats is at least 1, --rollout-steps a multiple of 8")
-    if options.model not in ("pocket_lm", *SHAPES) and not Path(options.model).is_dir():
-        raise twosome.UserError(f"no model {options.model}: neither pocket_lm, "
-                                f"{', '.join(SHAPES)} nor a folder")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise twosome.UserError("--device cuda: torch finds no CUDA device here")
-    # Both ways do one epoch of 4 steps, and all of it: no early end where the policy moved far.
-    all_args = {task: twosome.finish({
-        "env": next(env for env, kind in twosome.ENVS.items() if task in kind.TASKS), "task": task,
-        "n_envs": 4, "rollout_steps": options.rollout_steps, "epochs": 1, "minibatches": 4,
-        "target_kl": 1e9}) for task in options.tasks}
+    # All of an update: no early end where the policy has moved far.
+    defaults = {task: twosome.Args(env="overcooked" if task.endswith("salad") else "virtualhome",
+                                   task=task, target_kl=1e9) for task in options.tasks}
+    iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
+                                minibatches=4) for task, args in defaults.items()}
     if options.only:
-        return print(json.dumps(memory(options.only, make_agent(options), *all_args.values())))
+        return print(json.dumps(cost(options.only, make_agent(options), *iterations.values())))
 
     out = Path(options.out or ROOT / "experiments" / "results" /
                f"benchmark-{Path(options.model).name}-{options.device}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    ways = ["ours"] if options.skip_plain else ["plain", "ours"]
-    resident = {task: {way: memory_alone(way, task, options)
-                       for way in ways if options.device == "cpu"} for task in all_args}
-    results = {"options": vars(options), "machine": machine(options), "tasks": {},
-               "matmul_peak": matmul_peak(options), "geometric mean of plain/ours": {}}
-    agent = make_agent(options)
-    for task, args in all_args.items():
-        results["tasks"][task] = measure(agent, args, options, ways, results["matmul_peak"],
-                                         resident[task])
-        typical = lambda x: median(x) if isinstance(x, list) else x
-        for name in ("iteration, s", "scoring, s", "GFLOP", "MiB above the loaded model"):
-            if len(ways) == 2:
-                results["geometric mean of plain/ours"][name] = geometric_mean(
-                    typical(t["plain"][name]) / typical(t["ours"][name])
-                    for t in results["tasks"].values())
+    costs = {task: {way: cost_alone(way, task, options) for way in UPDATES}
+             for task in options.tasks}
+    agent, means = make_agent(options), {}
+    results = {"options": vars(options), "machine": machine(options.device), "tasks": {},
+               "geometric mean of plain/ours": means}
+    for task, args in iterations.items():
+        results["tasks"][task] = measure(agent, args, defaults[task], options.repeats, costs[task])
+        for name in ("iteration, s", "default update, s", "GFLOP", "MiB above the loaded model"):
+            means[name] = geometric_mean(median(t["plain"][name]) / median(t["ours"][name])
+                                         for t in results["tasks"].values())
         out.write_text(json.dumps(results, indent=2) + "\n")  # a task that is done is kept
     report(results)
     print(f"\nall numbers: {out}")
     worst = max(t["parity"] for t in results["tasks"].values())
     if options.dtype == "float32" and worst > 1e-5:
-        raise twosome.UserError(f"the two ways differ by {worst:.0e} in a probability")
+        raise ValueError(f"the two ways differ by {worst:.0e} in a probability")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (twosome.UserError, OSError) as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"benchmark.py: {error}") from None

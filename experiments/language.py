@@ -8,16 +8,19 @@ texts, and lm-evaluation-harness says more (README).
 
 import argparse
 import functools
+import json
 import math
 import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket_lm")]
 
 import torch  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 
 import make_pocket_lm  # noqa: E402
 import twosome  # noqa: E402
@@ -57,32 +60,42 @@ def language(model, tokenizer) -> tuple[float, float]:
     nats = n = right = 0
     prompts, endings = cloze()
     for i in range(0, len(held_out()), 32):
-        batch = tokenizer(held_out()[i:i + 32], return_tensors="pt", padding=True)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        rows = [torch.tensor(ids) for ids in tokenizer(held_out()[i:i + 32])["input_ids"]]
+        labels = pad_sequence(rows, batch_first=True, padding_value=-100)  # -100: not counted
         predicted = (labels[:, 1:] != -100).sum().item()
-        nats += model(**batch, labels=labels).loss.item() * predicted
+        # No mask is needed: the padding comes after the text.
+        nats += model(input_ids=labels.clamp(min=0), labels=labels).loss.item() * predicted
         n += predicted
-    for i in range(0, len(prompts), 25):
+    for i in range(0, len(prompts), 4):
         scores = twosome.normalize(*twosome.action_log_probs(
-            model, tokenizer, prompts[i:i + 25], endings[i:i + 25]), None, "token")
+            model, tokenizer, prompts[i:i + 4], endings[i:i + 4]), None, "token")
         right += sum(int(score.argmax()) == 0 for score in scores)
     return math.exp(nats / n), right / len(prompts)
+
+
+def load(run: Path) -> twosome.Agent:
+    """The agent of a run, on the CPU. What it was trained on plays no part here."""
+    config = json.loads((run / "config.json").read_text())
+    if config["method"] != "twosome":
+        raise ValueError(f"{config['method']} trains no LLM")
+    agent = twosome.make_agent(SimpleNamespace(**config | {"device": "cpu"}))
+    twosome.load_checkpoint(run, agent)
+    return agent
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
+    runs = parser.parse_args().runs
     print("run, perplexity before -> after (change), true ending of four before -> after")
-    for run in parser.parse_args().runs:
+    for run in runs:
         try:
-            args, agent = twosome.load_run(run, {"device": "cpu"})
-        except twosome.UserError as error:
-            raise SystemExit(f"language.py: {error}") from None
-        if args.method != "twosome":
-            raise SystemExit(f"language.py: {run} trained no LLM")
-        with agent.model.disable_adapter():
-            before = language(agent.model, agent.tokenizer)
-        after = language(agent.model, agent.tokenizer)
+            agent = load(run)
+            with agent.model.disable_adapter():
+                before = language(agent.model, agent.tokenizer)
+            after = language(agent.model, agent.tokenizer)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"language.py: {run}: {error}") from None
         print(f"{run}, {before[0]:.3f} -> {after[0]:.3f} ({after[0] / before[0] - 1:+.1%}), "
               f"{before[1]:.3f} -> {after[1]:.3f}")
 

@@ -8,10 +8,9 @@ log beside that of a sound run, then by a test of your own on numbers that you c
 It is mended when the two logs are the same, the time columns aside (bash; no output: the same):
 
     python twosome.py --env virtualhome --out runs/sound
-    cmp <(cut -d, -f1-12 runs/sound/metrics.csv) <(cut -d, -f1-12 runs/planted-bug/metrics.csv)
+    cmp <(cut -d, -f1-11 runs/sound/metrics.csv) <(cut -d, -f1-11 runs/planted-bug/metrics.csv)
 """
 
-import bisect
 import itertools
 import sys
 from pathlib import Path
@@ -38,15 +37,15 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
     return advantage
 
 
-def sample(log_policy, u):
-    """The first action at which the summed-up probability exceeds u."""
-    cumulative = list(itertools.accumulate(log_policy.exp().tolist()))
-    return bisect.bisect(cumulative[:-1], u * cumulative[-1])
+def minibatches(n, args, rng):
+    """Each epoch: 0 ... n-1 in a random order, cut into nearly equal parts."""
+    for _ in range(args.epochs):
+        parts = [[] for _ in range(args.minibatches)]
+        for part, i in zip(itertools.cycle(parts), rng.sample(range(n), n)):
+            part.append(i)
+        yield from parts
 
 
 if __name__ == "__main__":
-    twosome.normalize, twosome.gae, twosome.sample = normalize, gae, sample
-    try:
-        twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug"])
-    except twosome.UserError as error:
-        raise SystemExit(f"planted_bug.py: {error}") from None
+    twosome.normalize, twosome.gae, twosome.minibatches = normalize, gae, minibatches
+    twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug"])

@@ -3,9 +3,11 @@
     python experiments/plot.py RUN [RUN ...] [--out curves.png]
     python experiments/plot.py --states RUN [--out states.png]    # a TWOSOME run of tomato-salad
 
-A RUN is a folder that twosome.py left. Runs whose names differ only in the seed become one line,
-the mean, with a band from the lowest to the highest. Dotted lines: the best possible, and uniformly
-random choice among the offered actions. Needs matplotlib, which requirements.txt leaves out.
+A RUN is a folder that twosome.py left. Runs whose config.json differs in the seed and nothing else
+become one line, the mean, with a band from the lowest to the highest. Each point is the mean of the
+latest two rows of metrics.csv. Dotted lines, for the tasks that come with twosome.py: the best
+possible, and uniformly random choice among the offered actions. Needs matplotlib, which
+requirements.txt leaves out.
 
 --states shows the six decisions that the shortest way to a tomato salad takes, and how probable
 each action is there before training (adapter off) and after.
@@ -15,8 +17,8 @@ reproduce.py draws its figures with the functions of this file.
 
 import argparse
 import csv
+import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -26,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 import twosome  # noqa: E402
-from twosome import OPTIMUM  # noqa: E402
 
-# Exact values of uniformly random choice, by dynamic programming over all states.
+OPTIMUM = twosome.OvercookedText.OPTIMUM | twosome.VirtualHomeText.OPTIMUM
+# Success and discounted return of uniformly random choice, as exact.py computes them.
 RANDOM = {"tomato-salad": (0.442, -0.096), "tomato-lettuce-salad": (0.0102, -0.228),
           "food-preparation": (0.0193, 0.0038), "entertainment": (0.00264, 0.0004)}
 RANDOM |= {task: RANDOM["food-preparation"] for task in OPTIMUM if task not in RANDOM}
@@ -52,18 +54,12 @@ def pyplot():
     return plt
 
 
-def smooth(curve: list[dict], metric: str, episodes: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """(env_steps, metric): the mean over the latest `episodes` or more training episodes."""
-    rows = [row for row in curve if int(row["episodes"])]
-    counts = np.array([int(row["episodes"]) for row in rows])
+def smooth(curve: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(env_steps, metric): the mean of each row and the one before it."""
+    rows = [row for row in curve if row[metric] != ""]
     values = np.array([float(row[metric]) for row in rows])
-    result = []
-    for end in range(1, len(rows) + 1):
-        start = end - 1
-        while start > 0 and counts[start:end].sum() < episodes:
-            start -= 1
-        result.append(np.average(values[start:end], weights=counts[start:end]))
-    return np.array([int(row["env_steps"]) for row in rows]), np.array(result)
+    return (np.array([int(row["env_steps"]) for row in rows]),
+            (values + np.concatenate([values[:1], values[:-1]])) / 2)
 
 
 def band(axis, label: str, curves: list[list[dict]], metric: str, style):
@@ -87,19 +83,18 @@ def learning_curves(panels: dict[str, dict[str, list]], path: Path):
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     styles = {label: STYLES[i % len(STYLES)] for i, label in enumerate(labels)}
     for column, (task, lines) in zip(axes.T, panels.items()):
-        for axis, metric, best, at_random in zip(
-                column, ("success", "return"), (1, OPTIMUM[task]), RANDOM[task]):
+        marks = {"best": (1, OPTIMUM[task]), "random": RANDOM[task]} if task in OPTIMUM else {}
+        for i, metric in enumerate(("success", "return")):
             for label, curves in lines.items():
-                band(axis, label, curves, metric, styles[label])
-            axis.locator_params(axis="x", nbins=5)
-            axis.axhline(best, color="0.4", linestyle=":", linewidth=1)
-            axis.axhline(at_random, color="0.4", linestyle=":", linewidth=1)
-            axis.annotate("best", (1, best), xycoords=("axes fraction", "data"), fontsize=7,
-                          ha="right", va="bottom", color="0.4")
-            axis.annotate("random", (1, at_random), xycoords=("axes fraction", "data"), fontsize=7,
-                          ha="right", va="bottom", color="0.4")
+                band(column[i], label, curves, metric, styles[label])
+            column[i].locator_params(axis="x", nbins=5)
+            for name, values in marks.items():
+                column[i].axhline(values[i], color="0.4", linestyle=":", linewidth=1)
+                column[i].annotate(name, (1, values[i]), xycoords=("axes fraction", "data"),
+                                   fontsize=7, ha="right", va="bottom", color="0.4")
         column[0].set_title(task)
-        column[1].set_xlabel("environment steps (decisions)")
+        column[1].set_xlabel("environment steps (decisions);\neach value: the latest "
+                             f"{2 * twosome.EPISODES_PER_ROW} episodes")
     axes[0, 0].set_ylabel("success")
     axes[1, 0].set_ylabel("discounted return")
     handles = {label: handle for axis in axes[0] for handle, label in
@@ -143,14 +138,17 @@ TOMATO_SALAD = [0, 2, 4, 0, 1, 3]  # fetch the tomato, to the board, chop, take,
 @torch.no_grad()
 def decisive_states(run: Path, path: Path):
     """The policy in the six states of the shortest way, adapter off and on."""
-    args, agent = twosome.load_run(run, {"device": "cpu"})
-    if (args.task, args.method) != ("tomato-salad", "twosome"):
-        raise twosome.UserError(f"{run} is no TWOSOME run of tomato-salad")
+    config = json.loads((run / "config.json").read_text())
+    if (config["task"], config["method"]) != ("tomato-salad", "twosome"):
+        raise ValueError(f"{run} is no TWOSOME run of tomato-salad")
+    args = twosome.Args(**config | {"device": "cpu"})
+    agent = twosome.make_agent(args)
+    twosome.load_checkpoint(run, agent)
     plt = pyplot()
     figure, axes = plt.subplots(3, 2, figsize=(9, 6), layout="constrained", sharex=True)
     episode = twosome.make_episode(args)
     for number, (axis, best) in enumerate(zip(axes.flat, TOMATO_SALAD), start=1):
-        prompt, phrases = episode.state
+        prompt, phrases = episode.state()
         (after,) = agent.log_policy([(prompt, phrases)])
         with agent.model.disable_adapter():
             (before,) = agent.log_policy([(prompt, phrases)])
@@ -173,35 +171,48 @@ def decisive_states(run: Path, path: Path):
     plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", type=Path)
-    parser.add_argument("--states", metavar="RUN", type=Path, help="draw what training changed")
-    parser.add_argument("--out", type=Path, help="the picture (default: curves.png, states.png)")
-    given = parser.parse_args()
-    given.out = given.out or Path("states.png" if given.states else "curves.png")
-    pyplot()  # first of all: without matplotlib there is nothing to do
-    if given.states:
-        try:
-            decisive_states(given.states, given.out)
-        except twosome.UserError as error:
-            raise SystemExit(f"plot.py: {error}") from None
-        return print(f"wrote {given.out}")
-    if not given.runs:
-        parser.error("name at least one run's folder")
-    panels = {}
-    for run in given.runs:
+def read_runs(runs: list[Path]) -> dict[str, dict[str, list]]:
+    """task -> the first of the runs that differ only in the seed -> the curves of all of them."""
+    alike = {}  # (settings, group) -> seed -> run, task, curve
+    for run in runs:
         try:
             config = json.loads((run / "config.json").read_text())
             with open(run / "metrics.csv", newline="") as file:
                 curve = list(csv.DictReader(file))
         except (OSError, ValueError) as error:
-            raise SystemExit(f"plot.py: {run} is not a run's folder ({error})") from None
-        if not any(int(row["episodes"]) for row in curve):
-            raise SystemExit(f"plot.py: no episode ended in {run} yet")
-        label = re.sub(r"-?seed\d+", "", run.name).removeprefix(config["task"]).strip("-")
-        panels.setdefault(config["task"], {}).setdefault(label or run.name, []).append(curve)
-    learning_curves(panels, given.out)
+            raise ValueError(f"{run} is not a run's folder, or has not trained ({error})") from None
+        if not curve:
+            raise ValueError(f"no update has ended in {run} yet")
+        seed, settings = config["seed"], json.dumps(config | {"seed": 0, "out": ""}, sort_keys=True)
+        # A run with a seed that is there already is another agent (say, of altered code).
+        group = next(i for i in itertools.count() if seed not in alike.get((settings, i), ()))
+        alike.setdefault((settings, group), {})[seed] = run, config["task"], curve
+    panels = {}
+    for group in alike.values():
+        runs, tasks, curves = zip(*group.values())
+        label = str(runs[0]) + f" and {len(runs) - 1} more" * (len(runs) > 1)
+        panels.setdefault(tasks[0], {})[label] = list(curves)
+    return panels
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", type=Path)
+    parser.add_argument("--states", metavar="RUN", type=Path, help="draw what training changed")
+    parser.add_argument("--out", type=Path, help="the picture that is written, in any format that "
+                        "matplotlib knows (default: curves.png; with --states states.png)")
+    given = parser.parse_args()
+    given.out = given.out or Path("states.png" if given.states else "curves.png")
+    if not (given.runs or given.states):
+        parser.error("name at least one run's folder")
+    pyplot()  # first of all: without matplotlib there is nothing to do
+    try:
+        if given.states:
+            decisive_states(given.states, given.out)
+        else:
+            learning_curves(read_runs(given.runs), given.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"plot.py: {error}") from None
     print(f"wrote {given.out}")
 
 
