@@ -54,9 +54,9 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     for action, ids, offsets in zip(actions, batch["input_ids"], batch["offset_mapping"]):
         # The space between the two may close the prompt's last token or open the action's first.
         first = next((i for i, (start, _) in enumerate(offsets) if start >= len(prompt)), len(ids))
-        holds_both = any(start < len(prompt) and stop > len(prompt) + 1 for start, stop in offsets)
+        across = any(start < len(prompt) and stop > len(prompt) + 1 for start, stop in offsets)
         changes_prompt = prompt_ids is not None and prompt_ids != ids[:first]
-        if holds_both or changes_prompt:  # then P(action | prompt) is not defined
+        if across or changes_prompt:  # then P(action | prompt) is not defined
             raise ValueError(f"{tokenizer.name_or_path} has a token across the end of the prompt "
                              f"and the beginning of {action!r}; choose another model")
         prompt_ids = ids[:first]
@@ -89,7 +89,7 @@ score = plain_log_probs  # section 5 puts a faster way to the same numbers in it
 def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[str]]):
     """log P of each of the K_b actions after each of the B prompts (paper, section 4.1): B float32
     tensors (K_b,), natural logs, with gradients; and their lengths in tokens, B int tensors (K_b,).
-    No end mark is scored: "wait" is never less likely than "wait here"."""
+    No end mark is scored, so before dividing "wait" is never less likely than "wait here"."""
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
     return score(model, encoded), [torch.tensor([len(ids) for ids in a]) for _, a in encoded]
 
@@ -100,16 +100,16 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     A product of more factors is smaller. Dividing its log by n takes the n-th root: the probability
     of an average token (Eq. 3) or word (Eq. 4). An example, with the probability of each token:
 
-        wait                  0.01                     undivided, it wins because it is short
-        chop the egg          0.1 0.8 0.1              per word, it wins: its words are likeliest
-        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   per token, it wins because it is in pieces
+        wait                  0.01                     undivided, being short helps
+        chop the egg          0.1 0.8 0.1              per word, it wins (an easy "the" helps)
+        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   per token, being in pieces helps more
     >>> log_p = [torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()]
     >>> n_tokens, n_words = [torch.tensor([1, 3, 5])], [torch.tensor([1, 3, 3])]
     >>> for norm in ("none", "token", "word"):
-    ...     print(norm, normalize(log_p, n_tokens, n_words, norm)[0].exp().numpy().round(3))
-    none [0.01  0.008 0.004]
-    token [0.01 0.2  0.33]
-    word [0.01  0.2   0.158]
+    ...     print(norm, normalize(log_p, n_tokens, n_words, norm)[0].softmax(-1).numpy().round(3))
+    none [0.456 0.365 0.179]
+    token [0.019 0.37  0.611]
+    word [0.027 0.544 0.429]
     """
     if norm == "none":
         return log_probs
@@ -118,27 +118,27 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# What goes through the LM at once is limited by memory. Several processes divide these parts among
-# them, exchange what is new and add up gradients; section 5 replaces the three. Here one does all.
+# What goes through the LM at once is limited by memory: in_parts cuts it. Several processes divide
+# the parts, hand on results (from_all), add up gradients (add_up): section 5. Here one does all.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
 from_all, add_up = lambda new: new, lambda weights, sums: sums
 
 
 class Agent(nn.Module):
-    """pi(a | s), and V(s), the discounted reward to expect from a state s = (prompt, actions)."""
+    """pi(a | s), and V(s): the reward to expect from state s = (prompt, actions), less if later."""
 
     def __init__(self, model, tokenizer, norm="word", max_prompts=4, targets=("q_proj", "v_proj")):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
-        # LoRA makes W + (alpha / r) B A of frozen matrices W, here attention's queries and values,
-        # with A (r, in) random and B (out, r) 0: before training, the LM is itself. As the paper.
+        # LoRA adds to frozen matrices W, here attention's queries and values, a product of two thin
+        # ones, (out, 8) all 0 and (8, in) random: before training, the LM is itself. As the paper.
         self.model = get_peft_model(model, LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=list(targets))).eval()  # no dropout
+            target_modules=list(targets))).eval()  # no dropout: what plays, learns
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
         self.critic = nn.Sequential(nn.Linear(n_hidden, 1024), nn.ReLU(), nn.Linear(1024, 512),
                                     nn.ReLU(), nn.Linear(512, 1)).to(model.device)
-        # V = 0 at first: a random critic's errors would pass for advantages, and wear the LM down.
+        # V = 0 at first: a random critic's errors would look like good or bad actions to LoRA.
         nn.init.zeros_(self.critic[-1].weight)
         nn.init.zeros_(self.critic[-1].bias)
         lora = [p for p in self.model.parameters() if p.requires_grad]
@@ -157,9 +157,9 @@ class Agent(nn.Module):
         return [F.log_softmax(x.cpu(), dim=-1) for x in scores]  # what follows is cheap
 
     @torch.no_grad()
-    def fixed_log_policy(self, states) -> list[torch.Tensor]:
+    def remembered_log_policy(self, states) -> list[torch.Tensor]:
         """The same without gradients, for playing: each state goes through the LM only once."""
-        new = {}  # sorted, for neighbours begin alike, and all processes need the same order
+        new = {}  # sorted: section 5 shares common beginnings, and processes need the same order
         for part in in_parts(sorted(set(states) - self.policy_memory.keys()), self.max_prompts):
             new.update(zip(part, self.log_policy(part)))
         self.policy_memory.update(from_all(new))
@@ -168,11 +168,11 @@ class Agent(nn.Module):
     @torch.no_grad()
     def features(self, prompts: list[str]) -> torch.Tensor:
         """What the critic sees, (B, H): the last hidden state of the prompt's last token, the only
-        one that has seen the whole prompt. The adapter is off: on, each policy update would change
-        the critic's input under its feet, and what is remembered here would be out of date. One
-        prompt at a time, without padding: no value depends on batch mates."""
+        one that has seen the whole prompt. Without the adapter: each policy update would change the
+        critic's input under its feet, and what is remembered here would be out of date. One prompt
+        at a time, without padding: not even a rounding depends on the company."""
         for prompt in set(prompts) - self.features_memory.keys():
-            ids, _ = encode(self.tokenizer, prompt, ("wait",))  # the space may be the prompt's
+            ids, _ = encode(self.tokenizer, prompt, ("wait",))  # cut as before any action
             ids = torch.tensor([ids], device=self.model.device)
             with self.model.disable_adapter():
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -219,14 +219,14 @@ class Episode:
 
 
 def gae(reward, discount, value, next_value, done, gae_lambda):
-    """Generalised advantage estimation (Schulman et al., 2016), for actions of k steps. All (T, N).
+    """Generalised advantage estimation (Schulman et al., 2016); all (T decisions, N environments).
 
-        delta_t = r_t + gamma^k_t V(s_{t+1}) - V(s_t)
-        A_t     = delta_t + gamma^k_t lambda A_{t+1}, cut where an episode ends
+        delta_t = r_t + gamma^(k_t) V(s_{t+1}) - V(s_t)              k_t: primitive steps it took
+        A_t     = delta_t + gamma^(k_t) lambda A_{t+1}, cut where an episode ends
 
     delta: was it better than expected, as far as the next state tells? Later surprises are this
     action's doing too, less with time (gamma^k) and with each decision in between (lambda).
-    discount is gamma^k_t; next_value is 0 where nothing follows; done is 1 where an episode is
+    discount is gamma^(k_t); next_value is 0 where nothing follows; done is 1 where an episode is
     over. With gamma 0.5, lambda 1: the last action (k = 1, V = 0.4) earns 1, A = 1 - 0.4 = 0.6;
     the one before it (k = 2, V = 0.2) earns 0, A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6 = 0.05.
     >>> column = lambda *x: torch.tensor(x)[:, None]
@@ -247,11 +247,11 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     decisions = []
     for _ in range(args.rollout_steps):
         states = [episode.state() for episode in playing]
-        policies = agent.fixed_log_policy(states)
+        policies = agent.remembered_log_policy(states)
         for episode, state, policy in zip(playing, states, policies):
             (chosen,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
             reward, discount, terminated, truncated = episode.act(chosen)
-            # At the time limit, which no prompt shows, the critic says what would have followed.
+            # No prompt shows the time limit coming, so V of the next state stands for the rest.
             no_future = terminated or (truncated and not args.bootstrap_time_limit)
             decisions.append({
                 "state": state, "chosen": chosen, "log_prob": policy[chosen].item(),
@@ -267,9 +267,9 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     columns = flat("reward"), flat("discount"), value, next_value, flat("done")
     advantage = gae(*(x.view(-1, len(playing)) for x in columns), args.gae_lambda).flatten()
     return SimpleNamespace(
-        states=[d["state"] for d in decisions], chosen=flat("chosen").long(),  # index into actions
-        log_prob=flat("log_prob"),  # of the chosen action, under the policy that chose it
-        value=value, advantage=advantage, returns=advantage + value)  # what V should have been
+        states=[d["state"] for d in decisions], chosen=flat("chosen").long(),
+        log_prob=flat("log_prob"),  # chosen: place among the offered; log_prob: when it was chosen
+        value=value, advantage=advantage, returns=advantage + value)  # R, the critic's target
 
 
 def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_coef):
@@ -278,17 +278,17 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
         r = pi(a | s) / pi_old(a | s)
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))
 
-    Before an update's first step pi is pi_old and r is 1, up to rounding. Beyond 1 +- eps nothing
-    is gained by going on; with min, a move the wrong way still counts. kl: how far pi has moved.
+    Before an update's first step pi is pi_old and r is 1, up to rounding. Past 1 + eps (A > 0) or
+    1 - eps (A < 0) the gradient is 0; on the wrong side min keeps it. kl: how far pi has moved.
     From a state to its loss: "You hold the raw tomato. ... your next step is to" has five endings
-    with these log P. The third, to put it on the board, has A = 0.5 and, a step of Adam later, 0.4.
+    with these log P. The third, to put it on the board, has A = 0.5; a step later its pi is 0.45.
     >>> log_probs = [torch.tensor([-4.8626, -4.3751, -0.9627, -2.1809, -4.5880])]
     >>> (scores,) = normalize(log_probs, None, [torch.tensor([5, 4, 8, 4, 5])], "word")
     >>> F.softmax(scores, dim=-1)
     tensor([0.1466, 0.1299, 0.3438, 0.2248, 0.1549])
-    >>> r = torch.tensor([0.4]) / 0.3438  # 1.1635, within 1 + eps
-    >>> policy_loss(r.log(), torch.zeros(1), 0.5, torch.tensor([1.5]), 0.2, 0.0)[0]  # -1.1635 * 0.5
-    tensor(-0.5817)
+    >>> r = torch.tensor([0.45]) / 0.3438  # 1.3089, beyond 1 + eps
+    >>> policy_loss(r.log(), torch.zeros(1), 0.5, torch.tensor([1.5]), 0.2, 0.0)[0]  # -1.2 * 0.5
+    tensor(-0.6000)
     """
     log_ratio = new_log_prob - old_log_prob
     ratio = log_ratio.exp()
@@ -311,7 +311,7 @@ def minibatches(n: int, args, rng: random.Random):
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
     if args.ent_coef == 0 and not rollout.advantage.any():
-        return {}  # nothing was earned yet: all gradients are 0
+        return {}  # V = 0 and no reward yet: all gradients are 0, so save the passes
     # Where nothing new was earned, advantages are the critic's errors, a thousandth or so; divided
     # by their own deviation they would weigh like a success, which is 1. So add 1 (paper: 1e-8).
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
@@ -326,17 +326,17 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         sums = torch.zeros(4)
         for states in in_parts(sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
-            # The n decisions taken in these B states: their places in the rollout, their states.
+            # The n decisions taken here: places in the rollout (index), and of their states (row).
             index = [i for state in states for i in decisions[state]]
             row = [b for b, state in enumerate(states) for _ in decisions[state]]
-            table = pad_sequence(policies, batch_first=True)  # (B, longest K)
+            table = pad_sequence(policies, batch_first=True)  # (B, longest K); the fill is not read
             new_log_prob = table[row, rollout.chosen[index]]  # (n,)
             entropy = torch.stack([-(p.exp() * p).sum() for p in policies])[row]  # (n,)
             loss, terms = policy_loss(new_log_prob, rollout.log_prob[index], advantages[index],
                                       entropy, args.clip_coef, args.ent_coef)
             (loss / len(batch)).backward()  # the gradients of the parts add up
             sums += terms
-        log.append(add_up(weights, sums) / len(batch))  # over all processes, and their gradients
+        log.append(add_up(weights, sums) / len(batch))  # also adds up all processes' p.grad
         if log[-1][2] > args.target_kl:  # kl: pi is far enough from the policy that played,
             break  # and this step is not taken
         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
@@ -346,7 +346,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
 
 
 def update_value(agent: Agent, rollout, args, rng) -> dict:
-    """Move the critic towards the returns, V too not far. (All processes do the whole of it.)
+    """Move the critic towards the returns, but not far. (All processes do the whole of it.)
 
         L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
     """
@@ -378,7 +378,6 @@ def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, fi
 
 
 # === Here the algorithm ends. Everything below is efficiency and comfort. =========================
-
 import functools
 import json
 import sys
@@ -401,7 +400,7 @@ from virtualhome_text import VirtualHomeText
 
 # === 5. The same numbers, faster: a tree instead of many rows, and work for several processes. ====
 def as_tree(encoded):
-    """Merge the rows of the definition where they begin alike, into a tree of L columns.
+    """Merge the rows of the definition where they begin alike, into a tree (a trie), L columns.
 
         To make a salad, your next step is to -+- chop the -+- (egg)
                                                |            +- (tomato)
@@ -420,10 +419,9 @@ def as_tree(encoded):
                     sources.append(column)
                     targets.append(token)
                 if i + 1 < len(prompt + action):
-                    branch = column, token
-                    if branch not in columns:
-                        columns[branch] = len(columns)
-                    column = columns[branch]
+                    if (column, token) not in columns:
+                        columns[column, token] = len(columns)
+                    column = columns[column, token]
     sees = np.eye(len(columns), dtype=bool)  # a column comes after the one that it continues
     for column, (before, _) in enumerate(columns):
         if before >= 0:
@@ -481,8 +479,10 @@ def may_pack(model, encoded) -> bool:
         raise ValueError(f"a prompt with its action has {row} tokens and this model reads at most "
                          f"{context}; choose a model with a longer context")
     known = getattr(model, "packs_up_to", (0, 0))  # tree and row that agreed; None: never pack
-    if known is None or tree <= known[0] and row <= known[1]:
-        return known is not None
+    if known is None:
+        return False
+    if tree <= known[0] and row <= known[1]:
+        return True
     # With each prompt twice in a row, so that the verdict also holds for somewhat larger ones.
     larger = sorted((((prompt * 2)[:context - max(map(len, actions))], actions)
                      for prompt, actions in encoded), key=length)
@@ -490,7 +490,7 @@ def may_pack(model, encoded) -> bool:
         with InFloat32():  # rounded to 16 bits, right and wrong could not be told apart
             packed = packed_log_probs(model, larger)[-1]  # the longest row has most to lose
             (plain,) = plain_log_probs(model, larger[-1:])
-        same = bool((packed - plain).abs().max() < 1e-3)  # SmolLM2: 2e-5; the least wrong: 4e-2
+        same = bool((packed - plain).abs().max() < 1e-3)  # right: 2e-5 (SmolLM2); wrong: over 4e-2
     except torch.OutOfMemoryError:
         raise
     except Exception:  # this architecture does not take a mask or positions of ours at all
@@ -508,7 +508,7 @@ def tree_or_rows(model, encoded) -> list[torch.Tensor]:
 
 
 # Several processes (accelerate launch) play the same episodes with the same random numbers. They
-# divide what is expensive, the passes through the LM, and tell each other what came out.
+# divide what is expensive, the policy's passes through the LM, and tell each other what came out.
 def my_parts(states: list, size: int) -> list[list]:
     parts = [states[i:i + size] for i in range(0, len(states), size)]
     return parts[PartialState().process_index::PartialState().num_processes]
@@ -601,7 +601,7 @@ def evaluate(agent: Agent, args, n_episodes: int, stream: str, plays=Episode) ->
     playing = episodes = [make_episode(args, plays) for _ in range(n_episodes)]
     while playing:
         still_playing = []
-        policies = agent.fixed_log_policy([episode.state() for episode in playing])
+        policies = agent.remembered_log_policy([episode.state() for episode in playing])
         for episode, policy in zip(playing, policies):
             (action,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
             _, _, terminated, truncated = episode.act(action)
@@ -623,7 +623,7 @@ def play(agent: Agent, args, plays=Episode):
     of the LLM without its adapter (None where there is none) and of the agent, and its choice."""
     episode, rng, over = make_episode(args, plays), random.Random(args.seed), False
     while not over:
-        before, (after,) = None, agent.fixed_log_policy([episode.state()])
+        before, (after,) = None, agent.remembered_log_policy([episode.state()])
         if hasattr(agent.model, "disable_adapter"):
             with torch.no_grad(), agent.model.disable_adapter():
                 (before,) = agent.log_policy([episode.state()])
@@ -784,7 +784,7 @@ class Args:
     device: str = knob("auto", "auto: cuda, mps or cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
                       "paper: float16 throughout", choices=["float32", "bfloat16"])
-    n_envs: int = knob(8, "environments side by side, for each process; paper: 4")
+    n_envs: int = knob(8, "environments side by side, times the processes; paper: 4")
     rollout_steps: int = knob(64, "decisions of each between two updates; paper: 32; ours holds "
                               "whole episodes")
     gamma: float | None = knob(None, "discount per time step; without it 0.99 in Overcooked, 0.95 "

@@ -63,7 +63,7 @@ class SymbolicEpisode(Episode):
 
 
 class SymbolicAgent(Baseline):
-    """Actor and critic are small networks of the symbolic observation; the updates are TWOSOME's."""
+    """Actor and critic are small networks of the symbolic observation; the rest is TWOSOME's."""
 
     def __init__(self, n_inputs: int, n_actions: int):
         # Nearly uniform at first; V = 0 at first, as for TWOSOME.
@@ -112,7 +112,7 @@ class SayCan(Baseline):
 
     def log_policy(self, states):
         seen, offered = zip(*states)
-        says = self.model.fixed_log_policy([
+        says = self.model.remembered_log_policy([
             (prompt, tuple(phrase for _, phrase in actions))
             for (prompt, _), actions in zip(seen, offered)])
         can = self.affordance(seen, offered)

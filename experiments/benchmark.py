@@ -86,7 +86,7 @@ class PlainAgent(twosome.Agent):
         return hidden[torch.arange(len(rows)), [len(row) - 1 for row in rows]].float()
 
     @torch.no_grad()
-    def fixed_log_policy(self, states):
+    def remembered_log_policy(self, states):
         """A step of the rollout: one pass for the values of all environments, one for the policies.
         twosome.collect asks for the values at the end; they are kept until then."""
         prompts = [prompt for prompt, _ in states]

@@ -59,7 +59,7 @@ def exact(agent, args, plays=twosome.Episode) -> tuple[float, float]:
     """
     shown, edge = reachable(twosome.make_episode(args, plays))
     states = list(dict.fromkeys(shown))  # the agent does not see everything
-    policy = dict(zip(states, agent.fixed_log_policy(states)))
+    policy = dict(zip(states, agent.remembered_log_policy(states)))
     probability = np.concatenate([policy[state].exp().double().numpy() for state in shown])
     outcome = []
     for reward, gamma in ((edge["success"], 1.0), (edge["reward"], args.gamma)):
