@@ -68,7 +68,7 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
 def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     """The definition: one row for each (prompt, action), R in all, each wholly through the LM.
 
-        log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1}), w_i its tokens     (paper, Eq. 1)
+        log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1}); w_i: tokens        (paper, Eq. 1)
     encoded: B pairs from `encode`. Returns B float32 tensors (K_b,).
     """
     rows = [(prompt, action) for prompt, actions in encoded for action in actions]
@@ -98,11 +98,11 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     """Make actions of different length comparable; the policy is the softmax of the result.
 
     A product of more factors is smaller. Dividing its log by n takes the n-th root: the probability
-    of an average token (Eq. 3) or word (Eq. 4). An example, with the probability of each token:
+    of an average token (Eq. 3) or word (Eq. 4). An example; right: the division by which it wins.
 
-        wait                  0.01                     undivided, being short helps
-        chop the egg          0.1 0.8 0.1              per word, it wins (an easy "the" helps)
-        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   per token, being in pieces helps more
+        wait                  0.01                     none: it is one factor only
+        chop the egg          0.1 0.8 0.1              word: the best choice, though "the" helps it
+        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   token: the sure pieces of its long word help
     >>> log_p = [torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()]
     >>> n_tokens, n_words = [torch.tensor([1, 3, 5])], [torch.tensor([1, 3, 3])]
     >>> for norm in ("none", "token", "word"):
@@ -118,14 +118,14 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# What goes through the LM at once is limited by memory: in_parts cuts it. Several processes divide
-# the parts, hand on results (from_all), add up gradients (add_up): section 5. Here one does all.
+# in_parts cuts what would not fit into memory. Of several processes (section 5) each takes some of
+# the parts, from_all hands results on, add_up sums gradients. Here one process does all.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
 from_all, add_up = lambda new: new, lambda weights, sums: sums
 
 
 class Agent(nn.Module):
-    """pi(a | s), and V(s): the reward to expect from state s = (prompt, actions), less if later."""
+    """pi(a | s) with s = (prompt, actions), and V(prompt): the reward to expect, less if later."""
 
     def __init__(self, model, tokenizer, norm="word", max_prompts=4, targets=("q_proj", "v_proj")):
         super().__init__()
@@ -141,7 +141,7 @@ class Agent(nn.Module):
         # V = 0 at first: a random critic's errors would look like good or bad actions to LoRA.
         nn.init.zeros_(self.critic[-1].weight)
         nn.init.zeros_(self.critic[-1].bias)
-        lora = [p for p in self.model.parameters() if p.requires_grad]
+        lora = [p for p in self.model.parameters() if p.requires_grad]  # peft froze the rest
         self.optimizers = {"policy": torch.optim.Adam(lora, eps=1e-5),  # `practise` sets rates
                            "value": torch.optim.Adam(self.critic.parameters(), eps=1e-5)}
         self.features_memory = {}  # prompt -> (H,): the frozen LM's, so for good
@@ -190,7 +190,7 @@ class Agent(nn.Module):
 
 # === 4. PPO: play with the present policy, judge each decision by what followed, move a little. ===
 class Episode:
-    """One environment being played. It has a goal and Gymnasium's reset and step. info["actions"]
+    """One game being played: `env` has a goal and Gymnasium's reset and step. info["actions"]
     maps the index of each action offered now to a phrase; info["primitive_steps"] is how long the
     last one took. A success earns about 1; a primitive step may cost a little (Overcooked)."""
 
@@ -209,7 +209,7 @@ class Episode:
     def act(self, chosen: int):
         """Take the chosen one of the offered actions. Returns reward, discount, terminated (at the
         goal), truncated (out of time). An action may be a macro-action, an errand of k primitive
-        steps: its reward is discounted inside, and what comes after it counts gamma^k."""
+        steps: its reward is discounted inside, and what follows, k steps later, counts gamma^k."""
         action = list(self.info["actions"])[chosen]  # its index among all actions
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
         k = self.info["primitive_steps"]
@@ -251,7 +251,7 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
         for episode, state, policy in zip(playing, states, policies):
             (chosen,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
             reward, discount, terminated, truncated = episode.act(chosen)
-            # No prompt shows the time limit coming, so V of the next state stands for the rest.
+            # Out of time is no end: no prompt shows it coming, so V of the next state stands in.
             no_future = terminated or (truncated and not args.bootstrap_time_limit)
             decisions.append({
                 "state": state, "chosen": chosen, "log_prob": policy[chosen].item(),
@@ -276,7 +276,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
     """PPO's loss, summed over n decisions (Schulman et al., 2017); all (n,). Also what to log.
 
         r = pi(a | s) / pi_old(a | s)
-        L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))
+        L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
 
     Before an update's first step pi is pi_old and r is 1, up to rounding. Past 1 + eps (A > 0) or
     1 - eps (A < 0) the gradient is 0; on the wrong side min keeps it. kl: how far pi has moved.
@@ -295,7 +295,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -(surrogate + ent_coef * entropy).sum()
-    kl = log_ratio.expm1() - log_ratio  # r - 1 - log r: 0 where nothing moved, else above
+    kl = log_ratio.expm1() - log_ratio  # r - 1 - log r: 0 if nothing moved, else above
     terms = torch.stack([-surrogate.sum(), entropy.sum(), kl.sum(), (ratio != clipped).sum()])
     return loss, terms.detach()
 
@@ -313,7 +313,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
     if args.ent_coef == 0 and not rollout.advantage.any():
         return {}  # V = 0 and no reward yet: all gradients are 0, so save the passes
     # Where nothing new was earned, advantages are the critic's errors, a thousandth or so; divided
-    # by their own deviation they would weigh like a success, which is 1. So add 1 (paper: 1e-8).
+    # by their deviation alone they would weigh like a success. Adding 1 keeps small ones small.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
@@ -326,7 +326,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         sums = torch.zeros(4)
         for states in in_parts(sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
-            # The n decisions taken here: places in the rollout (index), and of their states (row).
+            # Each of n decisions: its place in the rollout (index), its state's among the B (row).
             index = [i for state in states for i in decisions[state]]
             row = [b for b, state in enumerate(states) for _ in decisions[state]]
             table = pad_sequence(policies, batch_first=True)  # (B, longest K); the fill is not read
@@ -356,7 +356,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
         value = agent.critic(features[batch]).squeeze(-1)
         clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
-        loss = args.vf_coef * 0.5 * error.mean()  # 1/2: the derivative is then the error itself
+        loss = args.vf_coef * 0.5 * error.mean()  # a factor matters only to the clipping
         agent.optimizers["value"].zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
@@ -432,7 +432,7 @@ def as_tree(encoded):
 def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     """The same as `plain_log_probs`, with each distinct beginning computed once.
 
-    Tokens influence each other only through attention. Here a token may look only at the tokens
+    In a transformer tokens meet only in attention. Here a token may look only at the tokens
     before it on its own branch of the tree (the softmax of attention gives all others weight 0),
     and its position says how many these are. So it computes what it would in a row of its own; but
     the prompt is computed once instead of K times, and so is what else the B states begin with.
@@ -468,7 +468,7 @@ class InFloat32(TorchFunctionMode):
 
 # Not every LM may be packed: sliding windows and ALiBi measure distance in columns, whatever the
 # positions say, and a state-space model has no mask. So each is compared with the definition at its
-# first use, and again when a tree or a row is longer than any before.
+# first use, and again when a tree or a row is longer than any compared.
 @torch.no_grad()
 def may_pack(model, encoded) -> bool:
     """Does packing give the defined numbers for this model, on a tree as large as this?"""
@@ -483,7 +483,7 @@ def may_pack(model, encoded) -> bool:
         return False
     if tree <= known[0] and row <= known[1]:
         return True
-    # With each prompt twice in a row, so that the verdict also holds for somewhat larger ones.
+    # With each prompt doubled, so that the verdict also holds for somewhat larger ones.
     larger = sorted((((prompt * 2)[:context - max(map(len, actions))], actions)
                      for prompt, actions in encoded), key=length)
     try:
@@ -676,7 +676,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     torch's seed makes LoRA and critic, `rng` draws actions and minibatches, evaluation has its own.
     How a number is rounded depends on what goes through the LM with it: so policies are forgotten
     at each update, new states are sorted, prompts of the critic go one by one. The checkpoint after
-    each update holds the rest: weights, both Adams, `rng`, games and log."""
+    each update holds the rest: weights, both Adams, `rng`, log, and the games (nothing random)."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
@@ -796,7 +796,7 @@ class Args:
     policy_lr: float = knob(2e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int = knob(4, "passes over a rollout; paper: 1, which wastes data at our small scale")
-    minibatches: int = knob(2, "steps per pass; paper: 4; a state costs one pass in each of them")
+    minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
     max_prompts: int = knob(4, "states that go through the LM at once, for memory; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; until something is "

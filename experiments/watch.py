@@ -22,7 +22,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import baselines  # noqa: E402
 import twosome  # noqa: E402
-from twosome import Agent, build_prompt, encode, plain_log_probs  # noqa: E402
+from twosome import Agent, Episode, encode, plain_log_probs  # noqa: E402
 
 
 @torch.no_grad()
@@ -56,8 +56,7 @@ def watch(agent: Agent, args, plays, tokens: bool = False, pace: float | None = 
     width = max(60, min(shutil.get_terminal_size((80, 24)).columns, 120))
     decisions = twosome.play(agent, args, plays)
     for number, (episode, before, after, action) in enumerate(decisions, start=1):
-        prompt = build_prompt(episode.obs, episode.env.goal)
-        phrases = list(episode.info["actions"].values())
+        prompt, phrases = Episode.state(episode)  # in words, also where a baseline sees numbers
         print(f"\n{f' decision {number} ':-^{width}}\n{episode.env.render()}\n")
         print(textwrap.fill(f"{prompt} ...", width))
         policies = [after.exp()] if before is None else [before.exp(), after.exp()]
