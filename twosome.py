@@ -652,7 +652,8 @@ def trained_parameters(agent: Agent) -> dict[str, torch.Tensor]:
 def save(path: Path, content: str | dict):
     """A kill at any moment leaves the old file or the new one, never half of it."""
     half = path.with_suffix(".tmp")
-    half.write_text(content) if isinstance(content, str) else torch.save(content, half)
+    with open(half, "wb") as file:  # of Python's: torch's own does not say that a disk is full
+        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
     os.replace(half, path)
 
 
@@ -693,7 +694,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         rows, before = saved["rows"], saved["before"]
         write(run / "metrics.csv", table())  # the checkpoint's log is the true one
         rng.setstate(saved["rng"])
-        for episode, (state, episode.ret, episode.length) in zip(playing, saved["playing"]):
+        for episode, state in zip(playing, saved["playing"]):
             episode.obs, episode.info = episode.env.set_state(state)
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays)
@@ -733,8 +734,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             write(run / "checkpoint.pt", {
                 "weights": trained_parameters(agent), "rows": rows, "before": before,
                 "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
-                "rng": rng.getstate(),
-                "playing": [(e.env.get_state(), e.ret, e.length) for e in playing]})
+                "rng": rng.getstate(), "playing": [episode.env.get_state() for episode in playing]})
             bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
                 "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
             bar.update(steps_per_update)
