@@ -310,8 +310,8 @@ def minibatches(n: int, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    if args.ent_coef == 0 and not rollout.advantage.any():
-        return {}  # V = 0 and no reward yet: all gradients are 0, so save the passes
+    # As long as V = 0 and nothing was earned, all gradients are 0: the LM need not be asked.
+    idle = args.ent_coef == 0 and not rollout.advantage.any()
     # Where nothing new was earned, advantages are the critic's errors, a thousandth or so; divided
     # by their deviation alone they would weigh like a success. Adding 1 keeps small ones small.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
@@ -324,7 +324,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
             decisions.setdefault(rollout.states[i], []).append(i)
         agent.optimizers["policy"].zero_grad()
         sums = torch.zeros(4)
-        for states in in_parts(sorted(decisions), agent.max_prompts):
+        for states in in_parts([] if idle else sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
             # Each of n decisions: its place in the rollout (index), its state's among the B (row).
             index = [i for state in states for i in decisions[state]]
@@ -341,8 +341,8 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
             break  # and this step is not taken
         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
         agent.optimizers["policy"].step()
-    return dict(zip(("policy_loss", "entropy", "approx_kl", "clip_fraction"),
-                    torch.stack(log).mean(0).tolist()))
+    names = "policy_loss", "entropy", "approx_kl", "clip_fraction"
+    return {} if idle else dict(zip(names, torch.stack(log).mean(0).tolist()))
 
 
 def update_value(agent: Agent, rollout, args, rng) -> dict:
