@@ -710,7 +710,7 @@ def test_the_log_measures_the_policy_that_plays():
 
 
 ctrl_c = lambda *_: os.kill(os.getpid(), signal.SIGINT)
-half_a_file = lambda _, path: (path.write_bytes(b"half a file"), ctrl_c())
+half_a_file = lambda _, file: (file.write(b"half a file"), ctrl_c())
 broken_lm = lambda agent, *_: agent.model.get_output_embeddings().register_forward_hook(
     lambda *x: x[-1] * math.nan)
 broken_weight = lambda agent: agent.critic[0].weight.data[0].fill_(math.inf)
