@@ -432,10 +432,10 @@ def as_tree(encoded):
 def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     """The same as `plain_log_probs`, with each distinct beginning computed once.
 
-    In a transformer tokens meet only in attention. Here a token may look only at the tokens
-    before it on its own branch of the tree (the softmax of attention gives all others weight 0),
-    and its position says how many these are. So it computes what it would in a row of its own; but
-    the prompt is computed once instead of K times, and so is what else the B states begin with.
+    In a transformer tokens meet only in attention. Here a token may look only at the tokens before
+    it on its own branch of the tree, and its position says how many these are. So it computes what
+    it would in a row of its own; but the prompt is computed once instead of K times, and so is
+    whatever else the B states have in common at their beginning.
     """
     ids, sees, sources, targets = as_tree(encoded)
     tensor = functools.partial(torch.tensor, device=model.device)
@@ -503,19 +503,11 @@ def may_pack(model, encoded) -> bool:
     return same
 
 
-def tree_or_rows(model, encoded) -> list[torch.Tensor]:
-    return (packed_log_probs if may_pack(model, encoded) else plain_log_probs)(model, encoded)
-
-
 # Several processes (accelerate launch) play the same episodes with the same random numbers. They
 # divide what is expensive, the policy's passes through the LM, and tell each other what came out.
 def my_parts(states: list, size: int) -> list[list]:
     parts = [states[i:i + size] for i in range(0, len(states), size)]
     return parts[PartialState().process_index::PartialState().num_processes]
-
-
-def from_all_processes(new: dict) -> dict:
-    return {state: policy for some in gather_object([new]) for state, policy in some.items()}
 
 
 def add_up_all(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
@@ -525,7 +517,10 @@ def add_up_all(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
 
 
 # From here on they take the place of the plain ones above.
-score, in_parts, from_all, add_up = tree_or_rows, my_parts, from_all_processes, add_up_all
+score = lambda model, encoded: (
+    packed_log_probs if may_pack(model, encoded) else plain_log_probs)(model, encoded)
+in_parts, add_up = my_parts, add_up_all
+from_all = lambda new: {state: x for some in gather_object([new]) for state, x in some.items()}
 encode = functools.lru_cache(maxsize=100_000)(encode)  # the same states come back all the time
 
 
@@ -547,7 +542,8 @@ def load_lm(name: str, device: str, dtype: str):
             name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
     except Exception as error:  # a damaged folder can fail in any way, in any library
-        raise ValueError(f"cannot load the model {name}: {error}") from error
+        where = "" if Path(name).exists() else " (no such folder here, so the Hub was asked)"
+        raise ValueError(f"cannot load the model {name}{where}: {error}") from error
     if loaded["missing_keys"]:  # transformers has filled them with random numbers
         raise ValueError(f"the model {name} lacks weights: {', '.join(loaded['missing_keys'])}")
     if not tokenizer.is_fast:
@@ -662,7 +658,7 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)  # runs no code
     weights = trained_parameters(agent)
     if saved["weights"].keys() != weights.keys():
-        raise ValueError(f"{run}/checkpoint.pt belongs to another model")
+        raise ValueError(f"{run} belongs to another model, or to experiments/baselines.py")
     for name, parameter in weights.items():
         parameter.data.copy_(saved["weights"][name])
     for name, optimizer in agent.optimizers.items():
@@ -762,7 +758,7 @@ The run is in {run}: {", ".join(sorted(path.name for path in run.glob("*")))}.
 What to do next:
   python experiments/watch.py {run}   # see it decide, step by step
   python {sys.argv[0]} --evaluate {run}   # more episodes of this agent
-  python twosome.py --env virtualhome   # another world""")
+  python twosome.py --env {next(e for e in ENVS if e != args.env)}   # another world""")
 
 
 # === 8. Arguments and command line. For each knob its reason, and the paper's value. ==============
@@ -807,6 +803,8 @@ class Args:
     method: str = knob("twosome", "experiments/baselines.py has others", choices=["twosome"])
 
     def __post_init__(self):
+        if self.env not in ENVS:  # of a run's config.json
+            raise ValueError(f"no environment {self.env} here; known are {', '.join(ENVS)}")
         tasks = ENVS[self.env].TASKS
         self.task = self.task or next(iter(tasks))
         if self.task not in tasks:
@@ -834,6 +832,8 @@ def command(argv, own, make_agent, plays):
     given = parser.parse_args(argv)
     old = given.resume or given.evaluate
     config = json.loads((old / "config.json").read_text()) if old else own
+    if not config.keys() <= {f.name for f in fields(Args)}:
+        raise ValueError(f"{old} is no run's folder: its config.json is another program's")
     parser.set_defaults(**config)  # and now with these in place of those of Args
     given = vars(parser.parse_args(argv))
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
@@ -868,11 +868,11 @@ def main(argv=None, own={}, make_agent=make_agent, plays=Episode):
     except (Exception, KeyboardInterrupt) as error:
         if sys.flags.dev_mode:
             raise
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} "
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             error.add_note("(lower --max-prompts, or take --dtype bfloat16 or a smaller model)")
         text = " ".join([str(error), *getattr(error, "__notes__", ())]).split()
-        print(f"twosome.py: {kind}{' '.join(text)[-600:]}", file=sys.stderr)
+        plain = isinstance(error, (ValueError, OSError))
+        print("twosome.py:", *([] if plain else [type(error).__name__]), *text, file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
 
 

@@ -172,6 +172,18 @@ def make_agent(args) -> Agent:
     return SayCan(twosome.make_agent(args), n_inputs, n_actions)
 
 
+def load_run(run: Path, **changes):
+    """Return (arguments, agent) of a run of any method; of one that was not trained, as it is."""
+    try:
+        args = twosome.Args(**(json.loads((run / "config.json").read_text()) | changes))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{run} is not the folder of a run that is known here: {error}") from None
+    agent = make_agent(args)
+    if args.steps:
+        twosome.load_checkpoint(run, agent)
+    return args, agent
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", choices=tuple(OWN))

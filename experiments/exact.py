@@ -78,15 +78,9 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
     for run in parser.parse_args().runs:
         try:
-            config = json.loads((run / "config.json").read_text())
-            if config["env"] not in LIMIT:
-                raise ValueError(f"known are {' and '.join(LIMIT)}, but not {config['env']}")
-            args = twosome.Args(**config)
-            agent = baselines.make_agent(args)
-            if args.steps:
-                twosome.load_checkpoint(run, agent)
+            args, agent = baselines.load_run(run)
         except (ValueError, OSError) as error:
-            raise SystemExit(f"exact.py: {run}: {error}") from None
+            raise SystemExit(f"exact.py: {error}") from None
         success, ret = exact(agent, args, baselines.PLAYS[args.method])
         print(f"{run}: success {success:.4f}, discounted return {ret:.4f}")
         if (run / "summary.json").exists():

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import baselines  # noqa: E402
 import overcooked_text  # noqa: E402
 import twosome  # noqa: E402
 import virtualhome_text  # noqa: E402
@@ -95,11 +96,11 @@ def kitchen_room(task: str) -> list:
     """What never changes: pictures [icon, x, y, size, label], in this order."""
     cells = [(row, column) for row in range(7) for column in range(7)]
     table = [HOME[food] for food in ("tomato", "lettuce", "onion")]
-    boards = overcooked_text.TASKS[task].boards
+    boards = overcooked_text.TASKS[task].boards.items()
     things = [*(("floor" if face(cell) == cell else "counter", cell, "") for cell in cells),
               *(("table", cell, "table") for cell in table), ("shelf", HOME["bowl"], "shelf"),
-              ("serving", SERVING, "serve"),
-              *(("board", cell, f"board {i}") for i, cell in enumerate(boards, 1))]
+              ("serving", SERVING, "serving counter"),
+              *(("board", at, name[4:].replace(" cutting", "")) for at, name in boards)]
     return [[icon, x, y, 1, label] for icon, (y, x), label in things]
 
 
@@ -111,19 +112,22 @@ def kitchen_scene(task: str, state: dict) -> tuple[list, str]:
         HOME[food]: "on the table" for food in place if food != "bowl"} | {
         cell: f"on {board}" for cell, board in overcooked_text.TASKS[task].boards.items()}
     inside = [item for item in place if place[item] == "bowl"]
-    drawn, told = [["cook", column, row, 1, ""]], [f"The cook is in row {row}, column {column}"]
+    left, right = max(column - VIEW, 0), min(column + VIEW + 1, 7)
+    top, bottom = max(row - VIEW, 0), min(row + VIEW + 1, 7)
+    told = [f"The cook is in row {row + 1}, column {column + 1} of 7 and sees rows {top + 1} to "
+            f"{bottom} in columns {left + 1} to {right}"]
+    drawn = [["cook", column, row, 1, ""]]
     for item in reversed(place):  # the bowl first, and over it what is in it
         at = place[item]
         name = f"chopped {item}" if item in state["chopped"] else item
         told.append(f"{name} {where[tuple(at)] if isinstance(at, list) else f'in the {at}'}")
         at = place["bowl"] if item in inside else at
-        x, y, size = (column + .48, row + .4, .6) if at == "hand" else (at[1] + .1, at[0] + .16, .8)
-        label = "" if item in inside or at == "hand" else name.replace("chopped", "cut")
+        y, x = (row, column) if at == "hand" else at
+        told[-1] += "" if top <= y < bottom and left <= x < right else " (hidden)"
+        x, y, size = (x + .48, y + .4, .6) if at == "hand" else (x + .1, y + .16, .8)
         if item in inside:
             x, y, size = x + size * (.12 + .3 * inside.index(item)), y + size * .12, size * .45
-        drawn.append([name, x, y, size, label])
-    left, right = max(column - VIEW, 0), min(column + VIEW + 1, 7)
-    top, bottom = max(row - VIEW, 0), min(row + VIEW + 1, 7)
+        drawn.append([name, x, y, size, "" if item in inside or at == "hand" else name])
     veils = [(0, 0, 7, top), (0, bottom, 7, 7 - bottom),
              (0, top, left, bottom - top), (right, top, 7 - right, bottom - top)]
     return drawn + [["veil", *veil] for veil in veils if veil[2] and veil[3]], "; ".join(told)
@@ -153,6 +157,7 @@ def home_scene(task: str, state: dict) -> tuple[list, str]:
         told.append(f"{name} {condition.get(name, '')}".strip())
         icon = f"{condition[name]} machine" if about.has_door else told[-1]
         drawn.append([icon, *spot[name], 1.2, name])
+        told[-1] += f" in the {about.room}"
     target_x, target_y = spot[about.target]
     for i, thing in enumerate(home["placed"]):
         spot[thing] = target_x + .2 + .45 * i, target_y + (.3 if about.has_door else .1)
@@ -168,12 +173,13 @@ def home_scene(task: str, state: dict) -> tuple[list, str]:
         else:
             inside = thing in home["placed"]
             at = f"{'in' if about.has_door else 'on'} the {about.target}" if inside else at
+            at += " (hidden)" if inside and about.has_door and not home["open"] else ""
             drawn.append([icon, *spot[thing], .55 if inside else .8, "" if inside else thing])
         told.append(f"{thing} {at}")
     if home["placed"] and about.has_door and not home["open"]:  # nobody sees into it
         drawn.append(["veil", target_x + .15, target_y + .36, .72, .5])
     drawn += [["veil", *corner, 4, 3] for room, corner in ROOMS.items() if room != home["agent"]]
-    return drawn, "; ".join(told)
+    return drawn, "; ".join([*told, "the other rooms are hidden"])
 
 
 # For each environment: the size of its picture, what never changes in it, and what does.
@@ -243,10 +249,14 @@ def world(agent, args, run: Path) -> dict:
     log = run / "metrics.csv"  # a run of 0 steps has none
     log = [[float(row[name]) for name in ("env_steps", "success", "return")]
            for row in csv.DictReader(log.open() if log.exists() else [])]
+    if (run / "summary.json").exists():  # the run is over
+        before = json.loads((run / "summary.json").read_text())["before"]
+        log.insert(0, [0, before["success"], before["return"]])
     names = "env", "task", "model", "norm", "seed", "gamma", "steps"
     return {
         "args": {name: getattr(args, name) for name in names}, "limit": LIMIT[args.env],
-        "log": log, "views": shown, "states": states,
+        "log": log, "episodes": [twosome.EVALUATION_EPISODES, twosome.EPISODES_PER_ROW],
+        "views": shown, "states": states,
         "phrases": [[phrase, token_texts(agent.tokenizer, ids)] for phrase, *ids in number],
         "size": size, "room": room(args.task), "icons": ICONS,
         "log_probs": {when: base64.b64encode(token_log_probs(agent, encoded, when).astype("<f4"))
@@ -264,10 +274,7 @@ def page(data: dict) -> str:
 def movie(agent, args, path: Path):
     """Write one episode as a GIF: scene, prompt, and the bars before and after training. Each of
     its first 30 decisions has a frame before the agent chooses and one after."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("a movie needs matplotlib: pip install matplotlib") from None
+    import matplotlib
     matplotlib.use("Agg")  # no window
     from matplotlib import patches, pyplot
     from PIL import Image  # comes with it
@@ -279,7 +286,7 @@ def movie(agent, args, path: Path):
             if icon == "veil":
                 axes.add_patch(patches.Rectangle((x, y), size, label, fc="#20242a", alpha=.55))
                 continue
-            axes.text(x + size / 2, y + (.18 if is_room else .97 * size), label, fontsize=6.5,
+            axes.text(x + size / 2, y + (.18 if is_room else .92 * size), label, fontsize=6.5,
                       ha="center", zorder=3)
             for kind, *values in ICONS[icon]:
                 if kind == "p":
@@ -294,7 +301,7 @@ def movie(agent, args, path: Path):
     def frame(episode, policies, chosen):
         figure.clear()
         axes = figure.add_axes((.01, .1, .4, .88))
-        axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", anchor="N")
+        axes.set(xlim=(-.3, width + .3), ylim=(height, 0), aspect="equal", anchor="N")
         axes.axis("off")
         draw(axes, room(args.task), is_room=True)
         draw(axes, scene(args.task, episode.env.get_state())[0], is_room=False)
@@ -302,8 +309,7 @@ def movie(agent, args, path: Path):
         figure.text(.01, .03, f"step {episode.length}, return so far {episode.ret:.3f}", size=10)
         lines = textwrap.fill(f"{prompt} ..." if policies else episode.obs, 59)
         figure.text(.43, .97, lines, va="top", size=10, family="serif")
-        axes = figure.add_axes((.76, .02, .23, .62))
-        axes.set(xlim=(0, 1.15), ylim=(len(phrases) - .4, -1.1))
+        axes = figure.add_axes((.76, .02, .23, .62), xlim=(0, 1.15), ylim=(len(phrases) - .4, -1.1))
         axes.axis("off")
         for row, (name, p, style) in enumerate(zip(("before training", "after"), policies, (
                 {"fc": "#E69F00", "hatch": "////"}, {"fc": "#0072B2"}))):
@@ -337,23 +343,22 @@ def movie(agent, args, path: Path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", metavar="RUN", type=Path, help="a folder that twosome.py left")
-    parser.add_argument("--out", type=Path, default="page.html", help="the page (page.html)")
+    parser.add_argument("--out", type=Path, help="the page (without it: RUN/page.html)")
     parser.add_argument("--movie", type=Path, metavar="GIF", help="one episode, instead of a page")
     given = parser.parse_args(argv)
     try:
-        args = twosome.Args(**json.loads((given.run / "config.json").read_text()))
+        args, agent = baselines.load_run(given.run)
         if args.method != "twosome":
-            raise ValueError(f"{args.method} chooses without the tokens of an LLM")
-        agent = twosome.make_agent(args)
-        if (given.run / "checkpoint.pt").exists():  # else: never trained
-            twosome.load_checkpoint(given.run, agent)
-        path = given.movie or given.out
+            raise ValueError(f"{given.run}: {args.method} chooses without an LLM's tokens")
+        path = given.movie or given.out or given.run / "page.html"
         if given.movie:
             movie(agent, args, path)
         else:
             path.write_text(page(world(agent, args, given.run)))
-    except (ValueError, OSError, TypeError) as error:
-        raise SystemExit(f"page.py: {given.run}: {error}") from None
+    except ImportError as error:
+        raise SystemExit(f"page.py: {error}; a movie needs it: pip install matplotlib") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"page.py: {error}") from None
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -48,4 +48,4 @@ def minibatches(n, args, rng):
 
 if __name__ == "__main__":
     twosome.normalize, twosome.gae, twosome.minibatches = normalize, gae, minibatches
-    twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug"])
+    twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug", *sys.argv[1:]])

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import baselines  # noqa: E402
 import torch  # noqa: E402
 
 import twosome  # noqa: E402
@@ -101,7 +102,7 @@ def learning_curves(panels: dict[str, dict[str, list]], path: Path):
                zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center",
                   ncols=min(len(handles), 2 * len(panels)), frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -128,7 +129,7 @@ def bars(groups: dict[str, dict[str, list[float]]], path: Path, ylabel: str, lin
     axis.set_ylabel(ylabel)
     axis.grid(axis="x", visible=False)
     figure.legend(loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -138,12 +139,9 @@ TOMATO_SALAD = [0, 2, 4, 0, 1, 3]  # fetch the tomato, to the board, chop, take,
 @torch.no_grad()
 def decisive_states(run: Path, path: Path):
     """The policy in the six states of the shortest way, adapter off and on."""
-    config = json.loads((run / "config.json").read_text())
-    if (config["task"], config["method"]) != ("tomato-salad", "twosome"):
+    args, agent = baselines.load_run(run, device="cpu")
+    if (args.task, args.method) != ("tomato-salad", "twosome"):
         raise ValueError(f"{run} is no TWOSOME run of tomato-salad")
-    args = twosome.Args(**config | {"device": "cpu"})
-    agent = twosome.make_agent(args)
-    twosome.load_checkpoint(run, agent)
     plt = pyplot()
     figure, axes = plt.subplots(3, 2, figsize=(9, 6), layout="constrained", sharex=True)
     episode = twosome.make_episode(args)
@@ -167,7 +165,7 @@ def decisive_states(run: Path, path: Path):
         axis.set_xlabel("probability")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 

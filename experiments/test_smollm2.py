@@ -1,4 +1,4 @@
-"""One update of a real LLM, SmolLM2-135M-Instruct, if `python experiments/get_smollm2.py` was run."""
+"""A real LLM, SmolLM2-135M-Instruct, where `python experiments/get_smollm2.py` was run."""
 
 import csv
 import sys

@@ -9,7 +9,6 @@ does not wait.
 """
 
 import argparse
-import json
 import shutil
 import signal
 import sys
@@ -103,15 +102,16 @@ def main(argv=None):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" may leave early
     try:
-        config = json.loads((run / "config.json").read_text()) if run else {}
-        args = twosome.Args(**(config | {k: x for k, x in given.items() if x is not None}))
-        agent = baselines.make_agent(args)
+        given = {name: x for name, x in given.items() if x is not None}
         if run:
-            twosome.load_checkpoint(run, agent)
+            args, agent = baselines.load_run(run, **given)
+        else:
+            args = twosome.Args(**given)
+            agent = baselines.make_agent(args)
         if tokens and args.method != "twosome":
             raise ValueError(f"--tokens: {args.method} has no tokens to show")
         watch(agent, args, baselines.PLAYS[args.method], tokens, pace)
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"watch.py: {error}") from None
 
 
