@@ -457,8 +457,7 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
 
 
 class InFloat32(TorchFunctionMode):
-    """Within it torch computes in float32, whatever the weights are kept in: each function gets its
-    16-bit arguments widened, one weight at a time. The weights do not change."""
+    """Within it torch computes in float32: 16-bit arguments are widened, one function at a time."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         halves = torch.bfloat16, torch.float16
         widen = lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in halves else x
@@ -581,6 +580,8 @@ EVALUATION_EPISODES, EPISODES_PER_ROW = 100, 32  # before and after training; fo
 
 def make_agent(args) -> Agent:
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
+    if args.policy_lr is None:  # a smaller LM must move further from what it knows
+        args.policy_lr = 2e-3 if model.num_parameters() < 1e7 else 1e-3
     return Agent(model, tokenizer, args.norm, args.max_prompts, lora_targets(model))
 
 
@@ -722,8 +723,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                 "steps_per_second": steps_per_update / took, "seconds": seconds}
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
-                raise ValueError(f"update {update}: a loss or a weight is not finite; try "
-                                 "lower learning rates;")
+                raise ValueError(f"update {update}: a number is not finite; try lower rates;")
             rows.append({name: f"{x:.6g}" if isinstance(x, float) else x
                          for name, x in log.items()})
             write(run / "metrics.csv", table())
@@ -788,8 +788,8 @@ class Args:
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
-    # A small LM must move much further from its prior than LLaMA-7B, hence the rates.
-    policy_lr: float = knob(2e-3, "LoRA's learning rate; paper: 5e-7 and 1e-6, for 7B parameters")
+    policy_lr: float | None = knob(None, "LoRA's learning rate; without it 2e-3 for an LM of less "
+                                   "than 10M weights, else 1e-3; paper: 5e-7 and 1e-6 for 7B")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int = knob(4, "passes over a rollout; paper: 1, which wastes data at our small scale")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")

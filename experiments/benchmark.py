@@ -287,7 +287,7 @@ def main():
     options = parser.parse_args()
     # All of an update: no early end where the policy has moved far.
     defaults = {task: twosome.Args(env="overcooked" if task.endswith("salad") else "virtualhome",
-                                   task=task, target_kl=1e9) for task in options.tasks}
+                                   task=task, policy_lr=1e-3, target_kl=1e9) for task in options.tasks}
     iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
                                 minibatches=4) for task, args in defaults.items()}
     if options.only:
