@@ -19,8 +19,7 @@ GFLOP, MiB      of an iteration, each way in a fresh process; CPU: resident memo
 parity          the largest difference of a probability between the two ways, over all states of the
                 iteration, after one update; above 1e-5 in float32 this script fails
 
-A warm-up of our way comes before the clock runs. It includes may_pack's check of the model against
-the definition, which is therefore in no time below, but in the memory of our way.
+A warm-up of our way comes before the clock runs. Its memory, but not its time, is measured.
 
 llama-15m and llama-7b are made here with random weights: time and memory depend on the shape. They
 use pocket_lm's tokenizer, whose 560 ids are valid in a vocabulary of 32,000; a real tokenizer of
@@ -286,8 +285,9 @@ def main():
     parser.add_argument("--only", choices=tuple(UPDATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     # All of an update: no early end where the policy has moved far.
-    defaults = {task: twosome.Args(env="overcooked" if task.endswith("salad") else "virtualhome",
-                                   task=task, policy_lr=1e-3, target_kl=1e9) for task in options.tasks}
+    env_of = lambda task: "overcooked" if task.endswith("salad") else "virtualhome"
+    defaults = {task: twosome.Args(env=env_of(task), task=task, policy_lr=1e-3, target_kl=1e9)
+                for task in options.tasks}
     iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
                                 minibatches=4) for task, args in defaults.items()}
     if options.only:
