@@ -427,7 +427,8 @@ def test_nothing_earned_is_no_reason_to_move():
     rollout.advantage = torch.randn(len(rollout.states)) * 0.001
     small, full = (torch.cat([g.flatten() for g in gradients(agent, rollout, advantage_eps=eps)])
                    for eps in (1.0, 1e-8))
-    assert (small.norm() / full.norm()).item() == pytest.approx(0.001, rel=0.4)
+    std = rollout.advantage.std().item()  # about 0.001
+    assert (small.norm() / full.norm()).item() == pytest.approx(std / (std + 1), rel=1e-3)
 
 
 @pytest.mark.parametrize("env_class, task", TASKS)

@@ -127,14 +127,15 @@ from_all, add_up = lambda new: new, lambda weights, sums: sums
 class Agent(nn.Module):
     """pi(a | s) with s = (prompt, actions), and V(prompt): the reward to expect, less if later."""
 
-    def __init__(self, model, tokenizer, norm="word", max_prompts=4, targets=("q_proj", "v_proj")):
+    def __init__(self, model, tokenizer, norm="word", max_prompts=4, targets="all-linear"):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
-        # LoRA adds to frozen matrices W, here attention's queries and values, a product of two thin
-        # ones, (out, 8) all 0 and (8, in) random: before training, the LM is itself. As the paper.
+        # LoRA adds to each frozen matrix W a product of two thin ones, (out, 8) all 0 and (8, in)
+        # random: before training, the LM is itself. Paper: on queries and values only. On all,
+        # each moves less, and the LM keeps more of its language.
         self.model = get_peft_model(model, LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=list(targets))).eval()  # no dropout: what plays, learns
+            target_modules=targets)).eval()  # no dropout: what plays, learns
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
         self.critic = nn.Sequential(nn.Linear(n_hidden, 1024), nn.ReLU(), nn.Linear(1024, 512),
                                     nn.ReLU(), nn.Linear(512, 1)).to(model.device)
@@ -389,10 +390,10 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from overcooked_text import OvercookedText
@@ -560,15 +561,11 @@ def load_lm(name: str, device: str, dtype: str):
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """Names of the query and value projections, or of what this architecture has instead."""
-    names = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()}
-    if {"q_proj", "v_proj"} <= names.keys():
-        return ["q_proj", "v_proj"]
-    # GPT-2, BLOOM, ... have other names, and peft has a table of them. Else all linear layers but
-    # the vocabulary, and Mamba's out_proj, which its kernel reads past LoRA.
-    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type) or [
-        name for name, module in names.items() if isinstance(module, nn.Linear)
-        and module is not model.get_output_embeddings() and name != "out_proj"]
+    """Names of all linear layers but the vocabulary, and Mamba's out_proj, which its kernel reads
+    past LoRA. (GPT-2's Conv1D is a linear layer too.)"""
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules()
+                   if isinstance(module, (nn.Linear, Conv1D)) and not name.endswith("out_proj")
+                   and module is not model.get_output_embeddings()})
 
 
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
@@ -819,8 +816,8 @@ class Args:
 
 
 # Decisions in which pocket_lm learns each task, chosen on seeds that no reported run uses.
-TASK_STEPS = {"tomato-salad": 5_120, "tomato-lettuce-salad": 12_800,
-              "food-preparation": 5_120, "entertainment": 30_720}
+TASK_STEPS = {"tomato-salad": 7_680, "tomato-lettuce-salad": 12_800,
+              "food-preparation": 5_120, "entertainment": 12_800}
 
 
 def command(argv, own, make_agent, plays):
