@@ -578,7 +578,7 @@ EVALUATION_EPISODES, EPISODES_PER_ROW = 100, 32  # before and after training; fo
 def make_agent(args) -> Agent:
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
     if args.policy_lr is None:  # a smaller LM must move further from what it knows
-        args.policy_lr = 2e-3 if model.num_parameters() < 1e7 else 1e-3
+        args.policy_lr = 2e-3 if model.num_parameters() < 1e7 else 3e-4
     return Agent(model, tokenizer, args.norm, args.max_prompts, lora_targets(model))
 
 
@@ -786,7 +786,7 @@ class Args:
     bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
     policy_lr: float | None = knob(None, "LoRA's learning rate; without it 2e-3 for an LM of less "
-                                   "than 10M weights, else 1e-3; paper: 5e-7 and 1e-6 for 7B")
+                                   "than 10M weights, else 3e-4; paper: 5e-7 and 1e-6 for 7B")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int = knob(4, "passes over a rollout; paper: 1, which wastes data at our small scale")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
