@@ -193,8 +193,7 @@ def move_lora(agent: Agent):
 def an_agent(family="pocket_lm") -> Agent:
     """An agent on pocket_lm, or on a small random LM, whose LoRA has moved."""
     model, tokenizer = pocket() if family == "pocket_lm" else (tiny(family), make_tokenizer())
-    agent = Agent(copy.deepcopy(model), tokenizer, max_prompts=32,
-                  targets=twosome.lora_targets(model))
+    agent = Agent(copy.deepcopy(model), tokenizer, max_prompts=32)
     move_lora(agent)
     return agent
 

@@ -127,15 +127,14 @@ from_all, add_up = lambda new: new, lambda weights, sums: sums
 class Agent(nn.Module):
     """pi(a | s) with s = (prompt, actions), and V(prompt): the reward to expect, less if later."""
 
-    def __init__(self, model, tokenizer, norm="word", max_prompts=4, targets="all-linear"):
+    def __init__(self, model, tokenizer, norm="word", max_prompts=4):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
-        # LoRA adds to each frozen matrix W a product of two thin ones, (out, 8) all 0 and (8, in)
-        # random: before training, the LM is itself. Paper: on queries and values only. On all,
-        # each moves less, and the LM keeps more of its language.
-        self.model = get_peft_model(model, LoraConfig(
-            r=8, lora_alpha=16, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=targets)).eval()  # no dropout: what plays, learns
+        # LoRA adds to a frozen matrix the product of two thin ones: (out, 8) all 0, (8, in) random;
+        # at first the LM is itself. Paper: only queries and values. eval: no dropout, as in play.
+        self.model = get_peft_model(model, LoraConfig(  # excluded: Mamba would read past it
+            r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
+            exclude_modules=[n for n, _ in model.named_modules() if "out_proj" in n])).eval()
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
         self.critic = nn.Sequential(nn.Linear(n_hidden, 1024), nn.ReLU(), nn.Linear(1024, 512),
                                     nn.ReLU(), nn.Linear(512, 1)).to(model.device)
@@ -393,7 +392,6 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from overcooked_text import OvercookedText
@@ -524,7 +522,7 @@ from_all = lambda new: {state: x for some in gather_object([new]) for state, x i
 encode = functools.lru_cache(maxsize=100_000)(encode)  # the same states come back all the time
 
 
-# === 6. Any LM: loading one without running anybody's code, and where its LoRA goes. ==============
+# === 6. Any LM: loading one without running anybody's code. =======================================
 def load_lm(name: str, device: str, dtype: str):
     """Return (model, tokenizer) from a folder or the Hub; refuse what would go wrong in silence."""
     if device == "auto":
@@ -560,14 +558,6 @@ def load_lm(name: str, device: str, dtype: str):
     return model, tokenizer
 
 
-def lora_targets(model: nn.Module) -> list[str]:
-    """Names of all linear layers but the vocabulary, and Mamba's out_proj, which its kernel reads
-    past LoRA. (GPT-2's Conv1D is a linear layer too.)"""
-    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules()
-                   if isinstance(module, (nn.Linear, Conv1D)) and not name.endswith("out_proj")
-                   and module is not model.get_output_embeddings()})
-
-
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
 ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
 METRICS = ("update env_steps success return length policy_loss value_loss entropy approx_kl "
@@ -579,7 +569,7 @@ def make_agent(args) -> Agent:
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
     if args.policy_lr is None:  # a smaller LM must move further from what it knows
         args.policy_lr = 2e-3 if model.num_parameters() < 1e7 else 3e-4
-    return Agent(model, tokenizer, args.norm, args.max_prompts, lora_targets(model))
+    return Agent(model, tokenizer, args.norm, args.max_prompts)
 
 
 def make_episode(args, plays=Episode) -> Episode:

@@ -155,7 +155,7 @@ def make_agent(options) -> twosome.Agent:
             num_attention_heads=heads, tie_word_embeddings=tied, max_position_embeddings=2048)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    agent = twosome.Agent(model, tokenizer, targets=twosome.lora_targets(model))
+    agent = twosome.Agent(model, tokenizer)
     agent.at_first = {n: p.detach().clone() for n, p in twosome.trained_parameters(agent).items()}
     return agent
 

@@ -50,8 +50,10 @@ UNSEEN = ["cheese", "hamburger", "apple-pie", "pizza", "washing-plate", "laundry
 HOUSEHOLD = ["food-preparation", "entertainment", *UNSEEN]
 NORMS = ["word", "token", "none"]
 SEEDS = {"quick": [21], "full": [21, 22, 23, 24, 25]}  # nothing was chosen by looking at them
-COST = {"tomato-salad": 15, "tomato-lettuce-salad": 170, "food-preparation": 20,
-        "entertainment": 300}  # seconds of a TWOSOME run on one core, for the time that is left
+COST = {"tomato-salad": 20, "tomato-lettuce-salad": 190, "food-preparation": 20,
+        "entertainment": 100}  # seconds of a TWOSOME run on one core, for the time that is left
+BASELINE_STEPS = {"tomato-salad": 15_360, "tomato-lettuce-salad": 25_600,
+                  "food-preparation": 10_240, "entertainment": 61_440}  # until PPO has learned
 
 COLUMNS = ["name", "experiment", "task", "label", "seed", "env_steps", "seconds", "before_success",
            "before_return", "success", "return", "length", "exact_success", "exact_return",
@@ -67,7 +69,6 @@ def jobs(mode: str, lm: str) -> list[dict]:
 
     label says how an agent was made; change names a function of this file that alters the prompts
     or the offered actions while the job runs."""
-    from twosome import TASK_STEPS
     result = []
 
     def add(experiment, task, label, seed, change=None, cost=None, **given):
@@ -82,9 +83,8 @@ def jobs(mode: str, lm: str) -> list[dict]:
         for task in TASKS if mode == "full" else ["tomato-salad", "food-preparation"]:
             add("E1", task, "random", seed, cost=5, method="random")
             add("E1", task, "zero-shot", seed, cost=5, steps=0)
-            twice = 2 * TASK_STEPS[task]  # what the baselines get, to see when PPO gets there
-            add("E1", task, "ppo", seed, cost=15, method="ppo", steps=twice)
-            add("E1", task, "saycan", seed, cost=15, method="saycan", steps=twice)
+            for method in ("ppo", "saycan"):
+                add("E1", task, method, seed, cost=15, method=method, steps=BASELINE_STEPS[task])
             for norm in NORMS:
                 add("E1", task, norm, seed, norm=norm)
         for task in UNSEEN:
