@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -1193,6 +1194,39 @@ def test_perplexity_by_hand(monkeypatch):
     assert language.language(model, tokenizer) == pytest.approx((math.exp(nats / n), 1), rel=1e-5)
 
 
+def test_real_language_by_hand(tmp_path):
+    """Otherwise the loss of a real LLM's language would be measured on other text than is said."""
+    model, tokenizer = pocket()
+    log_p = lambda ids: model(torch.tensor([ids])).logits[0].log_softmax(-1)[
+        range(len(ids) - 1), ids[1:]]
+    text = "You are in the kitchen. You hold the cup. " * 80
+    (tmp_path / "wiki.txt").write_text(text)
+    (tmp_path / "data").mkdir()
+    pairs = [("You hold the cup.", "You hold cup the."), ("The the oven.", "The oven is closed.")]
+    begin = [tokenizer.bos_token_id]
+    score = lambda sentence: log_p(
+        begin + tokenizer(sentence, add_special_tokens=False)["input_ids"]).sum().item()
+    assert [score(good) > score(bad) for good, bad in pairs] == [True, False]
+    for i in range(67):  # every third file has the second pair, too
+        (tmp_path / "data" / f"{i}.jsonl").write_text("".join(
+            json.dumps({"sentence_good": good, "sentence_bad": bad}) + "\n"
+            for good, bad in pairs[:1 + (i % 3 == 0)] * 20))
+    ids = tokenizer(text)["input_ids"]
+    windows = [-log_p(ids[i:i + 512]).mean().item() for i in range(0, len(ids), 512)]
+    expected = math.exp(sum(windows) / len(windows)), (44 * 20 + 23 * 10) / (67 * 20)
+    assert len(windows) > 1
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in (tmp_path / "data").iterdir():
+            archive.write(path, f"data/{path.name}")
+        archive.writestr("__MACOSX/data/._0.jsonl", b"\xb0")
+    for blimp in tmp_path, tmp_path / "all.zip":
+        assert language.real_language(model, tokenizer, tmp_path / "wiki.txt", blimp) == (
+            pytest.approx(expected, rel=1e-5))
+    (tmp_path / "data" / "0.jsonl").unlink()
+    with pytest.raises(ValueError, match="66 of BLiMP's 67"):
+        language.read_blimp(tmp_path)
+
+
 def test_plots(finished, monkeypatch):
     """Otherwise a course would have numbers and no pictures."""
     pytest.importorskip("matplotlib")
@@ -1200,7 +1234,8 @@ def test_plots(finished, monkeypatch):
     edit("seed2/config.json", seed=2)
     assert [len(curves) for curves in plot.read_runs([finished, Path("seed2")])[
         "tomato-salad"].values()] == [2]  # two seeds are one line
-    for argv, name in (([finished, "seed2"], "curves.png"), (["--states", finished], "states.png")):
+    for argv, name in ((["seed2", finished], "curves.png"), (["--states", "seed2"],
+                                                            "seed2/states.png")):
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
         plot.main()
         assert Path(name).read_bytes().startswith(b"\x89PNG")

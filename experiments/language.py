@@ -1,9 +1,17 @@
-"""Has an agent's LLM kept its language? python experiments/language.py RUN [RUN ...]
+"""Has an agent's LLM kept its language?
 
-Prints, for the LLM before training (adapter off) and after (adapter on): the perplexity on texts of
-make_pocket_lm.py that pocket_lm was not trained on, and how often it prefers the true ending of a
-text among four. It says something about pocket_lm; for another LLM these are just short English
-texts, and lm-evaluation-harness says more (README).
+    python experiments/language.py RUN [RUN ...]                                 # for pocket_lm
+    python experiments/language.py RUN --wikitext FILE --blimp FOLDER_OR_ZIP     # for a real LLM
+
+Prints two numbers for the LLM before training (adapter off) and after (adapter on): a perplexity,
+and how often it prefers the right one of several texts.
+
+pocket_lm: on texts of make_pocket_lm.py that it was not trained on; the true ending of a text among
+four. A real LLM: on the first 40 windows of 512 tokens of WikiText-2 (test, a text file); on the
+first 20 minimal pairs of each of the 67 files of BLiMP (Warstadt et al., 2020; .jsonl, in a folder
+or a zip), a right and a wrong sentence. The data are not in this repository:
+github.com/pytorch/examples (word_language_model/data/wikitext-2/test.txt, CC BY-SA) and
+github.com/alexwarstadt/blimp (data/*.jsonl, CC BY). lm-evaluation-harness says more (README).
 """
 
 import argparse
@@ -13,6 +21,7 @@ import math
 import random
 import re
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +82,36 @@ def language(model, tokenizer) -> tuple[float, float]:
     return math.exp(nats / n), right / len(prompts)
 
 
+@torch.no_grad()
+def real_language(model, tokenizer, wikitext: Path, blimp: Path) -> tuple[float, float]:
+    """(perplexity on WikiText-2, accuracy on BLiMP by the log-probability of the whole sentence)."""
+    ids = torch.tensor(tokenizer(wikitext.read_text(encoding="utf-8"))["input_ids"][:40 * 512])
+    losses = [model(input_ids=window[None], labels=window[None]).loss.item()
+              for window in ids.split(512)]
+    pairs = [json.loads(line) for text in read_blimp(blimp) for line in text.splitlines()[:20]]
+    begin, right = tokenizer.bos_token_id, 0
+    encode = lambda sentence: tokenizer(sentence, add_special_tokens=False)["input_ids"]
+    for i in range(0, len(pairs), 16):
+        scores = twosome.plain_log_probs(model, [
+            ([begin], [encode(pair["sentence_good"]), encode(pair["sentence_bad"])])
+            for pair in pairs[i:i + 16]])
+        right += sum(int(good > bad) for good, bad in scores)
+    return math.exp(sum(losses) / len(losses)), right / len(pairs)
+
+
+def read_blimp(path: Path) -> list[str]:
+    """The texts of its 67 files, by name."""
+    if path.is_dir():
+        texts = {file.name: file.read_text(encoding="utf-8") for file in path.rglob("[!.]*.jsonl")}
+    else:
+        with zipfile.ZipFile(path) as archive:
+            texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist()
+                     if name.endswith(".jsonl") and "/." not in name}  # macOS puts more in
+    if len(texts) != 67:
+        raise ValueError(f"{path} has {len(texts)} of BLiMP's 67 .jsonl files")
+    return [texts[name] for name in sorted(texts)]
+
+
 def load(run: Path) -> twosome.Agent:
     """The agent of a run, on the CPU. What it was trained on plays no part here."""
     config = json.loads((run / "config.json").read_text())
@@ -86,15 +125,24 @@ def load(run: Path) -> twosome.Agent:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
-    runs = parser.parse_args().runs
-    print("run, perplexity before -> after (change), true ending of four before -> after")
-    for run in runs:
+    parser.add_argument("--wikitext", type=Path, help="WikiText-2's test text; needs --blimp too")
+    parser.add_argument("--blimp", type=Path, help="BLiMP's files, a folder or a zip")
+    given = parser.parse_args()
+    if (given.wikitext is None) != (given.blimp is None):
+        raise SystemExit("language.py: --wikitext and --blimp go together")
+    if given.wikitext:
+        right, measure = "BLiMP", functools.partial(
+            real_language, wikitext=given.wikitext, blimp=given.blimp)
+    else:
+        right, measure = "true ending of four", language
+    print(f"run, perplexity before -> after (change), {right} before -> after")
+    for run in given.runs:
         try:
             agent = load(run)
             with agent.model.disable_adapter():
-                before = language(agent.model, agent.tokenizer)
-            after = language(agent.model, agent.tokenizer)
-        except (ValueError, OSError) as error:
+                before = measure(agent.model, agent.tokenizer)
+            after = measure(agent.model, agent.tokenizer)
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
             raise SystemExit(f"language.py: {run}: {error}") from None
         print(f"{run}, {before[0]:.3f} -> {after[0]:.3f} ({after[0] / before[0] - 1:+.1%}), "
               f"{before[1]:.3f} -> {after[1]:.3f}")

@@ -1,7 +1,7 @@
 """Draw learning curves, or what training changed.
 
-    python experiments/plot.py RUN [RUN ...] [--out curves.png]
-    python experiments/plot.py --states RUN [--out states.png]    # a TWOSOME run of tomato-salad
+    python experiments/plot.py RUN [RUN ...] [--out FILE]    # without it, runs/curves.png
+    python experiments/plot.py --states RUN [--out FILE]     # a run of tomato-salad; RUN/states.png
 
 A RUN is a folder that twosome.py left. Runs whose config.json differs in the seed and nothing else
 become one line, the mean, with a band from the lowest to the highest. Each point is the mean of the
@@ -198,11 +198,13 @@ def main():
     parser.add_argument("runs", nargs="*", metavar="RUN", type=Path)
     parser.add_argument("--states", metavar="RUN", type=Path, help="draw what training changed")
     parser.add_argument("--out", type=Path, help="the picture that is written, in any format that "
-                        "matplotlib knows (default: curves.png; with --states states.png)")
+                        "matplotlib knows (default: curves.png beside the first run; with --states "
+                        "RUN/states.png)")
     given = parser.parse_args()
-    given.out = given.out or Path("states.png" if given.states else "curves.png")
     if not (given.runs or given.states):
         parser.error("name at least one run's folder")
+    given.out = given.out or (given.states / "states.png" if given.states
+                              else given.runs[0].parent / "curves.png")
     pyplot()  # first of all: without matplotlib there is nothing to do
     try:
         if given.states:
