@@ -735,6 +735,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         "after": after}, indent=2))
     if after is None:
         return
+    watch = (f"\n  python experiments/watch.py {run}   # see it decide, step by step"
+             if args.env in ("overcooked", "virtualhome") else "")  # it knows no other
     print("after training: ", describe(after))
     show_episode(agent, args, plays)
     print(f"""
@@ -743,8 +745,7 @@ What was learned, in {seconds:.0f} s and {n_updates * steps_per_update:,} decisi
   return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: {best:.3f})
 The run is in {run}: {", ".join(sorted(path.name for path in run.glob("*")))}.
 What to do next:
-  python experiments/watch.py {run}   # see it decide, step by step
-  python {sys.argv[0]} --evaluate {run}   # more episodes of this agent
+  python {sys.argv[0]} --evaluate {run}   # more episodes of this agent{watch}
   python twosome.py --env {next(e for e in ENVS if e != args.env)}   # another world""")
 
 
