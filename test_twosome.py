@@ -191,9 +191,10 @@ def move_lora(agent: Agent):
     agent.policy_memory.clear()
 
 
-def an_agent(family="pocket_lm") -> Agent:
+def an_agent(family="pocket_lm", **options) -> Agent:
     """An agent on pocket_lm, or on a small random LM, whose LoRA has moved."""
-    model, tokenizer = pocket() if family == "pocket_lm" else (tiny(family), make_tokenizer())
+    model, tokenizer = pocket() if family == "pocket_lm" else (
+        tiny(family, **options), make_tokenizer())
     agent = Agent(copy.deepcopy(model), tokenizer, max_prompts=32)
     move_lora(agent)
     return agent
@@ -221,11 +222,12 @@ def test_joint_probability_token_by_token(family):
 def test_tree_by_hand():
     """Otherwise a token would be computed twice, or see a branch that is not its own."""
     encoded = [([7, 8], [[1, 2, 3], [1, 4], [5]]), ([7, 9], [[1, 2]])]
-    ids, sees, sources, targets = twosome.as_tree(encoded)
+    ids, sees, sources, targets, of_states = twosome.as_tree(encoded)
     assert ids == [7, 8, 1, 2, 9, 1]  # 7-8-1-2 and 7-9-1; what an action ends with has no column
     assert [[i for i, seen in enumerate(row) if seen] for row in sees.tolist()] == [
         [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 4], [0, 4, 5]]
     assert targets == [1, 2, 3, 1, 4, 5, 1, 2] and sources == [1, 2, 3, 1, 2, 1, 4, 5]
+    assert of_states == [[0, 1, 2, 3], [0, 4, 5]]  # the second's own tree has 7-9-1
 
 
 def test_policy_and_normalisation_by_hand():
@@ -436,7 +438,9 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
     """Otherwise the best policy could not be learned, the README's tables would mean something
     else, or GAE (here with lambda 1 and a critic that says 0) discount unlike the returns."""
     args = Args("overcooked" if env_class is OvercookedText else "virtualhome", task)
-    assert args.steps == twosome.TASK_STEPS.get(task, 5_120)  # the task's own number
+    for model, place in (("pocket_lm", 0), ("another", 1)):  # the task's own number
+        assert Args(args.env, task, model=model).steps == twosome.TASK_STEPS.get(
+            task, (5_120, 5_120))[place]
     episode = twosome.make_episode(args)
     outcome = [episode.act(list(episode.info["actions"]).index(action)) for action in PLANS[task]]
     reward, discount, done, _ = (torch.tensor(x, dtype=torch.float32)[:, None]
@@ -535,6 +539,29 @@ def test_packed_equals_plain_or_is_not_used(family, capsys):
             for x in (scored, plain))
     assert equal(a, b) and any(g.abs().max() > 0.01 for g in a)
     assert ("cannot be packed" in capsys.readouterr().err) == (family in UNPACKABLE)
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_what_lies_below_lora_is_computed_once(family, capsys):
+    """Otherwise an LM of more than ten blocks would be trained in the wrong ones; or what its frozen
+    blocks made of one state would be taken for another's, in values or in gradients."""
+    agent, passes = an_agent(family, num_hidden_layers=12), []
+    blocks = next(x for x in agent.model.modules() if isinstance(x, torch.nn.ModuleList))
+    assert ["lora_" in str(block) for block in blocks] == [False] * 2 + [True] * 10
+    a, b, c, d = random_rows((30, 17, 8, 20), (5, 2, 9, 1))
+    b[0][:12] = a[0][:12]  # a beginning in common
+    lora = [p for p in agent.model.parameters() if p.requires_grad]
+    grad = functools.partial(torch.autograd.grad, inputs=lora, allow_unused=True)
+    twosome.score(agent.model, [a, b, c, d])  # checked, and all remembered
+    blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    for states in ([a, c], [d, b, a], [b]):
+        move_lora(agent)
+        plain, scored = (f(agent.model, states) for f in (
+            twosome.plain_log_probs, twosome.score))
+        assert equal(scored, plain)
+        assert equal(*([g for g in grad(torch.cat(x).exp().sum().log()) if g is not None]
+                       for x in (scored, plain)))
+    assert len(passes) == 3 + 3  # of the plain way; and, of ours, those that hand on what is kept
 
 
 def test_verdict_is_remembered_and_checked_again_on_longer_rows(monkeypatch):
@@ -653,7 +680,7 @@ def finished(tmp_path_factory) -> Path:
 def metrics(run) -> list[dict]:
     """The log, but for what a clock says."""
     with open(Path(run) / "metrics.csv", newline="") as file:
-        return [{name: x for name, x in row.items() if name not in ("steps_per_second", "seconds")}
+        return [{name: x for name, x in row.items() if name != "seconds"}
                 for row in csv.DictReader(file)]
 
 

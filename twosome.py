@@ -8,9 +8,9 @@ become likelier. The model itself stays frozen.
 
     python twosome.py --env overcooked            # 10 s on two CPU cores; --help lists all flags
 
-Sections 1 to 4 are the whole algorithm: 1 prompts; 2 scoring; 3 the actor-critic; 4 PPO. They use
-nothing from below but the knobs, `args`, whose values and reasons are the table in section 8; where
-they end, you can stop. 5 the same numbers, faster; 6 any LM; 7 a run; 8 the command line.
+Sections 1 to 4 are the whole algorithm: 1 prompts; 2 scoring; 3 the actor-critic; 4 PPO. From below
+they use only the knobs, `args` (values and reasons: section 8); where they end, you can stop.
+5 the same numbers, faster; 6 any LM; 7 a run; 8 the command line.
 """
 
 import os
@@ -69,8 +69,7 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     """The definition: one row for each (prompt, action), R in all, each wholly through the LM.
 
         log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1}); w_i: tokens        (paper, Eq. 1)
-    encoded: B pairs from `encode`. Returns B float32 tensors (K_b,).
-    """
+    encoded: B pairs from `encode`. Returns B float32 tensors (K_b,)."""
     rows = [(prompt, action) for prompt, actions in encoded for action in actions]
     ids = pad_sequence([torch.tensor(prompt + action) for prompt, action in rows],
                        batch_first=True).to(model.device)  # (R, L), filled up at the end
@@ -130,11 +129,14 @@ class Agent(nn.Module):
     def __init__(self, model, tokenizer, norm="word", max_prompts=4):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
-        # LoRA adds to a frozen matrix the product of two thin ones: (out, 8) all 0, (8, in) random;
-        # at first the LM is itself. Paper: only queries and values. eval: no dropout, as in play.
-        self.model = get_peft_model(model, LoraConfig(  # excluded: Mamba would read past it
+        # LoRA adds to a frozen matrix the product of two thin ones, at first 0. Paper: for queries
+        # and values, in all blocks; ours: in the last ten, as section 5 remembers what is below.
+        blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+        last = {*blocks[-10:].modules()}
+        skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
+        self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba would read past it
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
-            exclude_modules=[n for n, _ in model.named_modules() if "out_proj" in n])).eval()
+            exclude_modules=skip)).eval()  # (out, 8) all 0 times (8, in) random; eval: no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
         self.critic = nn.Sequential(nn.Linear(n_hidden, 1024), nn.ReLU(), nn.Linear(1024, 512),
                                     nn.ReLU(), nn.Linear(512, 1)).to(model.device)
@@ -168,9 +170,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def features(self, prompts: list[str]) -> torch.Tensor:
         """What the critic sees, (B, H): the last hidden state of the prompt's last token, the only
-        one that has seen the whole prompt. Without the adapter: each policy update would change the
-        critic's input under its feet, and what is remembered here would be out of date. One prompt
-        at a time, without padding: not even a rounding depends on the company."""
+        one that has seen all of it. Without the adapter: else each policy update would change it.
+        One prompt at a time, without padding: not even a rounding depends on the company."""
         for prompt in set(prompts) - self.features_memory.keys():
             ids, _ = encode(self.tokenizer, prompt, ("wait",))  # cut as before any action
             ids = torch.tensor([ids], device=self.model.device)
@@ -184,8 +185,9 @@ class Agent(nn.Module):
         return self.critic(self.features(prompts)).squeeze(-1)
 
     def learn(self, rollout, args, rng) -> dict:
-        self.policy_memory = {}
-        return update_policy(self, rollout, args, rng) | update_value(self, rollout, args, rng)
+        moved = update_policy(self, rollout, args, rng)
+        self.policy_memory = {} if moved else self.policy_memory
+        return moved | update_value(self, rollout, args, rng)
 
 
 # === 4. PPO: play with the present policy, judge each decision by what followed, move a little. ===
@@ -348,8 +350,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
 def update_value(agent: Agent, rollout, args, rng) -> dict:
     """Move the critic towards the returns, but not far. (All processes do the whole of it.)
 
-        L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
-    """
+        L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) """
     losses, features = [], agent.features([prompt for prompt, _ in rollout.states])
     old, returns = rollout.value.to(features.device), rollout.returns.to(features.device)
     for batch in minibatches(len(returns), args, rng):
@@ -370,9 +371,8 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
 def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, first: int = 0):
     """The loop: play, judge, learn, again, at rates that fall to 0. Yields each rollout and log."""
     for update in range(first, n_updates):
-        for name, optimizer in agent.optimizers.items():
-            rate = {"policy": args.policy_lr, "value": args.value_lr}[name]
-            optimizer.param_groups[0]["lr"] = rate * (1 - update / n_updates)
+        for name, rate in (("policy", args.policy_lr), ("value", args.value_lr)):
+            agent.optimizers[name].param_groups[0]["lr"] = rate * (1 - update / n_updates)
         rollout = collect(agent, playing, args, rng)
         yield rollout, agent.learn(rollout, args, rng)
 
@@ -406,11 +406,12 @@ def as_tree(encoded):
                                                +- (wait)
 
     Returns ids (L,), the token of each column; sees (L, L), True for the column itself and those
-    before it on its branch; and for each token of each action the column that predicts it, and the
-    token. (Nothing follows an action's last token: those in brackets get no column.)
-    """
+    before it on its branch; for all tokens of actions the columns that predict them, and the
+    tokens; and the columns of each state, in the order of a tree of its own. (Nothing follows an
+    action's last token: those in brackets get no column.) """
     columns, sources, targets = {}, [], []  # columns: (column of the token before, token) -> column
-    for prompt, actions in encoded:
+    of_states = [{} for _ in encoded]  # used as ordered sets
+    for (prompt, actions), own in zip(encoded, of_states):
         for action in actions:
             column = -1  # before the first token
             for i, token in enumerate(prompt + action):
@@ -418,38 +419,59 @@ def as_tree(encoded):
                     sources.append(column)
                     targets.append(token)
                 if i + 1 < len(prompt + action):
-                    if (column, token) not in columns:
-                        columns[column, token] = len(columns)
-                    column = columns[column, token]
+                    column = columns.setdefault((column, token), len(columns))
+                    own[column] = True
     sees = np.eye(len(columns), dtype=bool)  # a column comes after the one that it continues
     for column, (before, _) in enumerate(columns):
-        if before >= 0:
-            sees[column] |= sees[before]
-    return [token for _, token in columns], sees, sources, targets
+        sees[column] |= sees[before] & (before >= 0)
+    return [token for _, token in columns], sees, sources, targets, list(map(list, of_states))
+
+
+def decode(model, ids, sees, blocks=(), instead=None):
+    """The last hidden states (L, H) of a tree; `instead` takes the place of some of the blocks."""
+    sees = torch.tensor(sees, device=model.device)  # (L, L)
+    # Added to the attention scores. finfo.min and not -inf, which some kernels turn into NaN.
+    mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    for block in blocks:
+        block.forward = instead
+    try:
+        return model.get_decoder()(
+            input_ids=torch.tensor([ids], device=model.device), attention_mask=mask[None, None],
+            position_ids=sees.sum(-1)[None] - 1, use_cache=False).last_hidden_state[0]
+    finally:
+        for block in blocks:
+            del block.forward  # and the class's own is back
+
+
+def decode_above(model, encoded, ids, sees, of_states):
+    """The same, but what the frozen blocks below LoRA make of a state is computed only once, for it
+    alone (so not even a rounding depends on the company)."""
+    blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+    n = next((n for n, part in enumerate(blocks) if "lora_" in str(part)), 0)  # LoRA: blocks[n:]
+    if n == 0:
+        return decode(model, ids, sees)
+    memory = vars(model).setdefault("below_lora", {})
+    below = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype, device=model.device)
+    for state, own in zip(encoded, of_states):
+        if str(state) not in memory:  # instead of computing, blocks[n:] keep what comes to them
+            decode(model, *as_tree([state])[:2], blocks[n:],
+                   lambda x, *_, **__: memory.setdefault(str(state), x[0])[None])
+        below[own] = memory[str(state)]
+    return decode(model, ids, sees, blocks[:n], lambda *_, **__: below[None])
 
 
 def packed_log_probs(model, encoded) -> list[torch.Tensor]:
     """The same as `plain_log_probs`, with each distinct beginning computed once.
 
-    In a transformer tokens meet only in attention. Here a token may look only at the tokens before
-    it on its own branch of the tree, and its position says how many these are. So it computes what
-    it would in a row of its own; but the prompt is computed once instead of K times, and so is
-    whatever else the B states have in common at their beginning.
-    """
-    ids, sees, sources, targets = as_tree(encoded)
-    tensor = functools.partial(torch.tensor, device=model.device)
-    sees = tensor(sees)  # (L, L)
-    # Added to the attention scores. finfo.min and not -inf, which some kernels turn into NaN.
-    mask = torch.zeros_like(sees, dtype=model.dtype).masked_fill(
-        ~sees, torch.finfo(model.dtype).min)
-    # The decoder is the LM without its vocabulary matrix. LoRA sits inside its layers.
-    hidden = model.get_decoder()(
-        input_ids=tensor([ids]), attention_mask=mask[None, None], use_cache=False,
-        position_ids=sees.sum(-1)[None] - 1).last_hidden_state[0]  # (L, H)
+    In a transformer tokens meet only in attention. Here a token may look only at those before it on
+    its own branch, and its position says how many these are: so it computes what it would in a row
+    of its own. But a prompt is computed once, not K times, as is what several have in common."""
+    ids, sees, sources, targets, of_states = as_tree(encoded)
+    hidden = decode_above(model, encoded, ids, sees, of_states)  # (L, H)
     # Logits only where an action's token is predicted: M columns, each for one token or several.
-    predicting, which = tensor(sources).unique(return_inverse=True)
+    predicting, which = torch.tensor(sources, device=model.device).unique(return_inverse=True)
     logits = model.get_output_embeddings()(hidden[predicting])  # (M, V)
-    token_log_probs = F.log_softmax(logits.float(), dim=-1)[which, tensor(targets)]
+    token_log_probs = F.log_softmax(logits.float(), dim=-1)[which, targets]
     lengths = [len(action) for _, actions in encoded for action in actions]
     log_probs = torch.stack([part.sum() for part in token_log_probs.split(lengths)])
     return list(log_probs.split([len(actions) for _, actions in encoded]))
@@ -458,8 +480,8 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
 class InFloat32(TorchFunctionMode):
     """Within it torch computes in float32: 16-bit arguments are widened, one function at a time."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        halves = torch.bfloat16, torch.float16
-        widen = lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in halves else x
+        half = torch.bfloat16, torch.float16
+        widen = lambda x: x.float() if getattr(x, "dtype", None) in half else x
         kwargs = {name: widen(x) for name, x in (kwargs or {}).items()}
         return widen(function(*map(widen, args), **kwargs))
 
@@ -477,10 +499,8 @@ def may_pack(model, encoded) -> bool:
         raise ValueError(f"a prompt with its action has {row} tokens and this model reads at most "
                          f"{context}; choose a model with a longer context")
     known = getattr(model, "packs_up_to", (0, 0))  # tree and row that agreed; None: never pack
-    if known is None:
-        return False
-    if tree <= known[0] and row <= known[1]:
-        return True
+    if known is None or (tree <= known[0] and row <= known[1]):
+        return known is not None
     # With each prompt doubled, so that the verdict also holds for somewhat larger ones.
     larger = sorted((((prompt * 2)[:context - max(map(len, actions))], actions)
                      for prompt, actions in encoded), key=length)
@@ -503,21 +523,17 @@ def may_pack(model, encoded) -> bool:
 
 # Several processes (accelerate launch) play the same episodes with the same random numbers. They
 # divide what is expensive, the policy's passes through the LM, and tell each other what came out.
-def my_parts(states: list, size: int) -> list[list]:
-    parts = [states[i:i + size] for i in range(0, len(states), size)]
-    return parts[PartialState().process_index::PartialState().num_processes]
-
-
-def add_up_all(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
+# This and what follows takes the place of the plain ones above.
+def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
     for p in weights:
         p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
     return reduce(sums.to(weights[0].device), "sum").cpu()
 
 
-# From here on they take the place of the plain ones above.
 score = lambda model, encoded: (
     packed_log_probs if may_pack(model, encoded) else plain_log_probs)(model, encoded)
-in_parts, add_up = my_parts, add_up_all
+in_parts = lambda states, size, all_parts=in_parts: all_parts(states, size)[
+    PartialState().process_index::PartialState().num_processes]
 from_all = lambda new: {state: x for some in gather_object([new]) for state, x in some.items()}
 encode = functools.lru_cache(maxsize=100_000)(encode)  # the same states come back all the time
 
@@ -561,14 +577,12 @@ def load_lm(name: str, device: str, dtype: str):
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
 ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
 METRICS = ("update env_steps success return length policy_loss value_loss entropy approx_kl "
-           "clip_fraction explained_variance steps_per_second seconds").split()
+           "clip_fraction explained_variance seconds").split()
 EVALUATION_EPISODES, EPISODES_PER_ROW = 100, 32  # before and after training; for a row of the log
 
 
 def make_agent(args) -> Agent:
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
-    if args.policy_lr is None:  # a smaller LM must move further from what it knows
-        args.policy_lr = 2e-3 if model.num_parameters() < 1e7 else 3e-4
     return Agent(model, tokenizer, args.norm, args.max_prompts)
 
 
@@ -651,6 +665,7 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
         parameter.data.copy_(saved["weights"][name])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][name])
+    agent.policy_memory = saved["policies"]
     return saved
 
 
@@ -659,9 +674,9 @@ def train(args, agent: Agent, run: Path, plays=Episode):
 
     A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
     torch's seed makes LoRA and critic, `rng` draws actions and minibatches, evaluation has its own.
-    How a number is rounded depends on what goes through the LM with it: so policies are forgotten
-    at each update, new states are sorted, prompts of the critic go one by one. The checkpoint after
-    each update holds the rest: weights, both Adams, `rng`, log, and the games (nothing random)."""
+    How a number is rounded depends on what goes through the LM with it: so new states are sorted,
+    and prompts of the critic go one by one. The checkpoint after each update holds the rest:
+    weights, both Adams, remembered policies, `rng`, log, and the games (nothing random)."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
@@ -673,8 +688,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     if (run / "checkpoint.pt").exists():
         saved = load_checkpoint(run, agent)
         if len(saved["playing"]) != len(playing):
-            raise ValueError(f"{run} was made by {len(saved['playing']) // args.n_envs} processes; "
-                             "resume it with as many")
+            raise ValueError(f"{run}: resume it with as many processes as it was begun with")
         rows, before = saved["rows"], saved["before"]
         write(run / "metrics.csv", table())  # the checkpoint's log is the true one
         rng.setstate(saved["rng"])
@@ -682,7 +696,6 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             episode.obs, episode.info = episode.env.set_state(state)
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays)
-        agent.policy_memory = {}  # as a resumed run begins
         if team.is_main_process:  # not earlier: a model that cannot play leaves no folder behind
             run.mkdir(parents=True, exist_ok=True)
         write(run / "config.json", json.dumps(asdict(args), indent=2))
@@ -690,7 +703,6 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     print(f"{args.task}, {args.method}: {sum(p.numel() for p in agent.parameters()):,} weights, of "
           f"which {trained(agent.model):,} of the actor and {trained(agent.critic):,} of the "
           f"critic are trained\nbefore training: {describe(before)}")
-
     seconds = float(rows[-1]["seconds"]) if rows else 0.0
     bar = tqdm(total=n_updates * steps_per_update, initial=len(rows) * steps_per_update,
                unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
@@ -702,12 +714,10 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             # rollout would not: the short, successful ones end first.
             played = evaluate(agent, args, EPISODES_PER_ROW, f"row {update}", plays)
             _, log = next(updates)
-            took = time.perf_counter() - started
-            seconds += took
+            seconds += time.perf_counter() - started
             log = dict.fromkeys(METRICS, "") | log | {
                 name: played[name] for name in ("success", "return", "length")} | {
-                "update": update, "env_steps": update * steps_per_update,
-                "steps_per_second": steps_per_update / took, "seconds": seconds}
+                "update": update, "env_steps": update * steps_per_update, "seconds": seconds}
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
                 raise ValueError(f"update {update}: a number is not finite; try lower rates;")
@@ -715,7 +725,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                          for name, x in log.items()})
             write(run / "metrics.csv", table())
             write(run / "checkpoint.pt", {
-                "weights": trained_parameters(agent), "rows": rows, "before": before,
+                "weights": trained_parameters(agent), "policies": agent.policy_memory, "rows": rows,
+                "before": before,
                 "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
                 "rng": rng.getstate(), "playing": [episode.env.get_state() for episode in playing]})
             bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
@@ -758,8 +769,8 @@ def knob(default, help, **more):
 class Args:
     env: str = knob("overcooked", "the environment", choices=ENVS)
     task: str = knob("", "a task of the environment; without it, its first one")
-    norm: str = knob("word", "divide an action's log-probability by its words (the paper's best), "
-                     "by its tokens, or not at all", choices=["word", "token", "none"])
+    norm: str = knob("word", "what an action's log-probability is divided by: its words (the "
+                     "paper's best), its tokens, or nothing", choices=["word", "token", "none"])
     model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B")
     steps: int | None = knob(None, "decisions to learn from; 0: none; without it see TASK_STEPS; "
                              "paper: 500,000 Overcooked, 50,000 and 200,000 VirtualHome")
@@ -769,19 +780,17 @@ class Args:
     dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
                       "paper: float16 throughout", choices=["float32", "bfloat16"])
     n_envs: int = knob(8, "environments side by side, times the processes; paper: 4")
-    rollout_steps: int = knob(64, "decisions of each between two updates; paper: 32; ours holds "
-                              "whole episodes")
-    gamma: float | None = knob(None, "discount per time step; without it 0.99 in Overcooked, 0.95 "
-                               "in VirtualHome; paper: the same")
+    rollout_steps: int = knob(64, "decisions of each between updates: whole episodes; paper: 32")
+    gamma: float | None = knob(None, "discount a step: 0.99, in VirtualHome 0.95; paper: the same")
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
-    policy_lr: float | None = knob(None, "LoRA's learning rate; without it 2e-3 for an LM of less "
-                                   "than 10M weights, else 3e-4; paper: 5e-7 and 1e-6 for 7B")
+    policy_lr: float | None = knob(None, "LoRA's learning rate: 2e-3 for pocket_lm, else 3e-3, "
+                                   "found with 135M weights; paper: 5e-7 and 1e-6, 7B, float16")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
-    epochs: int = knob(4, "passes over a rollout; paper: 1, which wastes data at our small scale")
+    epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
-    max_prompts: int = knob(4, "states that go through the LM at once, for memory; paper: 4")
+    max_prompts: int | None = knob(None, "states in a pass (memory): 4, of larger LMs 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; until something is "
                            "earned it would be the only force, away from what the LM knows")
@@ -797,18 +806,21 @@ class Args:
         self.task = self.task or next(iter(tasks))
         if self.task not in tasks:
             raise ValueError(f"--task {self.task}: {self.env} has the tasks {', '.join(tasks)}")
-        if self.steps is None:
-            self.steps = TASK_STEPS.get(self.task, 5_120)
-        if self.gamma is None:
-            self.gamma = 0.99 if self.env == "overcooked" else 0.95
+        ours = self.model == "pocket_lm"
+        for name, value in {"steps": TASK_STEPS.get(self.task, (5_120, 5_120))[0 if ours else 1],
+                            "gamma": 0.99 if self.env == "overcooked" else 0.95,
+                            "policy_lr": 2e-3 if ours else 3e-3, "epochs": 4 if ours else 2,
+                            "max_prompts": 4 if ours else 8}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]
         if not all(0 <= x < float("inf") for x in numbers) or max(self.gamma, self.gae_lambda) > 1:
             raise ValueError("no number may be negative, --gamma and --gae-lambda are at most 1")
 
 
-# Decisions in which pocket_lm learns each task, chosen on seeds that no reported run uses.
-TASK_STEPS = {"tomato-salad": 7_680, "tomato-lettuce-salad": 12_800,
-              "food-preparation": 5_120, "entertainment": 12_800}
+# Decisions in which pocket_lm and SmolLM2 learn each task, found on seeds of no reported run.
+TASK_STEPS = {"tomato-salad": (7_680, 5_120), "tomato-lettuce-salad": (12_800, 12_800),
+              "food-preparation": (5_120, 5_120), "entertainment": (12_800, 61_440)}
 
 
 def command(argv, own, make_agent, plays):

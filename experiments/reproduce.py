@@ -2,6 +2,7 @@
 
     python experiments/reproduce.py quick            # at most 15 minutes on two cores: one seed
     python experiments/reproduce.py full             # at most 4 hours on two cores: five seeds
+    python experiments/reproduce.py real             # the same questions to a real LLM: real.py
     python experiments/reproduce.py full --only E4   # only the jobs of one experiment
     python experiments/reproduce.py full --only tomato-salad-word-seed21    # one row of runs.csv
     python experiments/reproduce.py full --report    # only tables and figures, from what is there
@@ -69,6 +70,7 @@ def jobs(mode: str, lm: str) -> list[dict]:
 
     label says how an agent was made; change names a function of this file that alters the prompts
     or the offered actions while the job runs."""
+    import twosome
     result = []
 
     def add(experiment, task, label, seed, change=None, cost=None, **given):
@@ -99,7 +101,9 @@ def jobs(mode: str, lm: str) -> list[dict]:
         add("E5", "tomato-salad", "eps-1e-8", seed, advantage_eps=1e-8)
         if seed in SEEDS[mode][:3]:
             for task in ("tomato-salad", "food-preparation"):
-                add("E6", task, "tiny1m", seed, cost=60, model=lm)
+                add("E6", task, "tiny1m", seed, cost=60, model=lm,
+                    **{name: getattr(twosome.Args(task=task), name) for name in (
+                        "steps", "policy_lr", "epochs", "max_prompts")})  # as for pocket_lm
     for seed in SEEDS["full"] if mode == "full" else ():  # the longest ones last
         add("E5", "entertainment", "eps-1e-8", seed, advantage_eps=1e-8)
         add("E5", "entertainment", "all-actions", seed, change="all-actions")
@@ -139,13 +143,14 @@ PRINCIPLES = {"not-cohesive": not_cohesive, "no-articles": no_articles,
 
 def changed(change: str | None):
     """The context in which a job runs."""
+    import real
     import twosome
     from virtualhome_text import VirtualHomeText
     if change is None:
         return contextlib.nullcontext()
     if change == "all-actions":
         return patch.object(VirtualHomeText, "_offered", lambda self, verb, noun: True)
-    shown, rewrite = twosome.Episode.state, PRINCIPLES[change]
+    shown, rewrite = twosome.Episode.state, (PRINCIPLES | real.WORDINGS)[change]
     return patch.object(twosome.Episode, "state", lambda self: rewrite(*shown(self)))
 
 
@@ -167,14 +172,28 @@ def steps_to_90(curve: list[dict]) -> int | str:
     return ""
 
 
-def run_job(job: dict):
+def measure(job: dict, row: dict, agent, args, plays):
+    """What is asked of an agent besides success and return."""
+    from exact import exact
+    from language import language
+    if job["experiment"] != "E1" or job["label"] not in ("word", "token", "none", "ppo"):
+        return
+    if args.env == "virtualhome":  # E2: every other task with the same agent
+        for task in HOUSEHOLD:
+            if job["label"] != "ppo" or "entertainment" not in (task, job["task"]):
+                row[f"on_{task}"], _ = exact(agent, replace(args, task=task), plays)
+    if args.method == "twosome":  # E3
+        row["perplexity_before"], row["cloze_before"] = language_before(args.model)
+        row["perplexity"], row["cloze"] = language(agent.model, agent.tokenizer)
+
+
+def run_job(job: dict, measure=measure):
     """Train and measure; return the job, its row of runs.csv and its rows of curves.csv; or the
     job, the reason why it cannot run, and None."""
     import baselines
     import torch
     import twosome
     from exact import exact
-    from language import language
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -203,14 +222,7 @@ def run_job(job: dict):
         curve = [{"name": job["name"]} | {x: r[x] for x in CURVE[1:]}
                  for r in read_csv(run / "metrics.csv")]
         row["steps_to_90"] = steps_to_90(curve)
-        trained = job["experiment"] == "E1" and job["label"] in ("word", "token", "none", "ppo")
-        if trained and args.env == "virtualhome":  # E2: every other task with the same agent
-            for task in HOUSEHOLD:
-                if job["label"] != "ppo" or "entertainment" not in (task, job["task"]):
-                    row[f"on_{task}"], _ = exact(agent, replace(args, task=task), plays)
-        if trained and args.method == "twosome":  # E3
-            row["perplexity_before"], row["cloze_before"] = language_before(args.model)
-            row["perplexity"], row["cloze"] = language(agent.model, agent.tokenizer)
+        measure(job, row, agent, args, plays)
     row = {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()}
     return job, row, curve
 
@@ -233,7 +245,7 @@ def append_csv(path: Path, columns: list[str], rows: list[dict]):
         writer.writerows(rows)
 
 
-def run_all(todo: list[dict], folder: Path, workers: int):
+def run_all(todo: list[dict], folder: Path, workers: int, measure=measure, columns=COLUMNS):
     """Run the jobs side by side; write each one's rows when it ends."""
     # A curve without its row is what an interruption left between the two: it comes anew.
     done = {row["name"] for row in read_csv(folder / "runs.csv")}
@@ -244,12 +256,12 @@ def run_all(todo: list[dict], folder: Path, workers: int):
                bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"
                           "{postfix}")
     with bar, multiprocessing.get_context("spawn").Pool(workers) as pool:  # ends with its block
-        for job, row, curve in pool.imap_unordered(run_job, todo):
+        for job, row, curve in pool.imap_unordered(functools.partial(run_job, measure=measure), todo):
             if curve is None:
                 tqdm.write(f"{job['name']} could not run: {row}")
                 continue
             append_csv(folder / "curves.csv", CURVE, curve)
-            append_csv(folder / "runs.csv", COLUMNS, [row])
+            append_csv(folder / "runs.csv", columns, [row])
             shutil.rmtree(job["run"])
             bar.set_postfix_str(f"{job['experiment']} {job['name']}")
             bar.update(job["cost"])
@@ -436,30 +448,37 @@ def report(folder: Path, mode: str, plan: list[dict]):
 
 
 def main():
+    import real
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("mode", choices=("quick", "full"))
+    parser.add_argument("mode", choices=("quick", "full", "real"))
     parser.add_argument("--only", metavar="NAME", help="one experiment (E1) or one job")
     parser.add_argument("--report", action="store_true", help="run nothing, write RESULTS.md")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
     shared = ROOT.parent / "shared" / "lm" / "tiny1m"
     parser.add_argument("--lm", default=str(shared) if shared.exists() else "shibatch/tiny1m",
                         help="folder or Hub id of E6's LM")
+    real.arguments(parser)
     given = parser.parse_args()
     folder = RESULTS / given.mode
     folder.mkdir(parents=True, exist_ok=True)
-    plan = jobs(given.mode, given.lm)
+    if given.mode == "real":
+        plan, ask, columns, write = real.jobs(given), real.measure, real.COLUMNS, real.report
+    else:
+        plan, ask, columns = jobs(given.mode, given.lm), measure, COLUMNS
+        write = functools.partial(report, mode=given.mode)
     chosen = [job for job in plan if given.only in (None, job["experiment"], job["name"])]
     if not chosen:
         raise SystemExit(f"reproduce.py: --only {given.only}: no such experiment or job; "
-                         "experiments are E1, E2, E4, E5 and E6 (E2's trained agents and E3 are "
-                         "measured in E1's jobs), jobs are named in runs.csv")
+                         f"experiments are {', '.join(sorted({job['experiment'] for job in plan}))}"
+                         " (others are measured in the first one's jobs), jobs are named in "
+                         "runs.csv")
     done = {row["name"]: row for row in read_csv(folder / "runs.csv")}
     if given.only in done:  # one row again, to compare
         shutil.rmtree(chosen[0]["run"], ignore_errors=True)
-        _, new, curve = run_job(chosen[0])
+        _, new, curve = run_job(chosen[0], ask)
         if curve is None:
             raise SystemExit(f"reproduce.py: {given.only} could not run: {new}")
-        for column in COLUMNS:
+        for column in columns:
             print(f"{column:20} {done[given.only].get(column, ''):>12} {new.get(column, ''):>12}")
         return shutil.rmtree(chosen[0]["run"])
     todo = [job for job in chosen if job["name"] not in done]
@@ -468,10 +487,10 @@ def main():
         raise SystemExit("reproduce.py: nothing to report yet; run without --report first")
     if todo and not given.report:
         try:
-            run_all(todo, folder, given.workers)
+            run_all(todo, folder, given.workers, ask, columns)
         except KeyboardInterrupt:
             raise SystemExit("reproduce.py: stopped; the same command goes on from here") from None
-    report(folder, given.mode, plan)
+    write(folder, plan=plan)
 
 
 if __name__ == "__main__":
