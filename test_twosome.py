@@ -41,7 +41,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import twosome
-from experiments import baselines, benchmark, exact, language, plot, reproduce, watch
+from experiments import baselines, benchmark, exact, language, plot, real, reproduce, watch
 from overcooked_text import HOME, SERVING, OvercookedText
 from pocket_lm import make_pocket_lm
 from twosome import Agent, Args, Episode, action_log_probs, encode
@@ -60,7 +60,8 @@ PLANS = {"tomato-salad": [0, 2, 4, 0, 1, 3],
          "tomato-lettuce-salad": [0, 4, 7, 1, 5, 7, 3, 0, 1, 6],
          "entertainment": [4, 9, 5, 10, 0, 6, 11, 7, 13, 8, 15]}
 PLANS |= {task: [4, 6, 5, 8, 7, 9] for task in VirtualHomeText.TASKS if task not in PLANS}
-TINY_RUN = ["--steps", "96", "--n-envs", "4", "--rollout-steps", "6", "--device", "cpu"]
+TINY_RUN = ["--steps", "96", "--n-envs", "4", "--rollout-steps", "6", "--device", "cpu",
+            "--standardize", "true"]
 
 
 @pytest.fixture(autouse=True)
@@ -276,6 +277,19 @@ def test_frozen_lm_stays_what_it_was():
     assert torch.equal(agent.features(prompts), before) and len(before.unique(dim=0)) == 33
     assert set(twosome.trained_parameters(agent)) == trained  # peft switched nothing on or off
     assert all("lora_" in name or name.startswith("critic.") for name in trained)
+
+
+def test_features_are_standardized_once():
+    """Otherwise a critic would hardly see a real LLM's states, which differ by a tenth of their
+    length; or its inputs would shift with each rollout."""
+    prompts = [prompt for prompt, _ in STATES]
+    plain, agent = (Agent(copy.deepcopy(pocket()[0]), pocket()[1], standardize=x)
+                    for x in (False, True))
+    x, y = plain.features(prompts), agent.features(prompts)
+    assert plain.scale == (0, 1) and equal(y.mean(0), torch.zeros(128), 1e-5)
+    assert y.std().item() == pytest.approx(1, abs=1e-4)
+    assert torch.equal(agent.features(prompts[:2]), y[:2])  # by the first rollout's numbers
+    assert equal(y * agent.scale[1] + agent.scale[0], x, 1e-4)
 
 
 def test_policies_are_remembered_until_the_policy_moves(monkeypatch):
@@ -778,6 +792,25 @@ def test_resumed_run_equals_uninterrupted_run(finished, capsys, function, call, 
     assert same_run("run", finished)
 
 
+def test_resumed_while_nothing_was_earned():
+    """Otherwise an LLM would be asked anew in each of the many rollouts before a first success; or
+    a resumed run, which asks in other company, would differ in the last digit."""
+    count, asked, ask = itertools.count(1), [], twosome.score
+    plays = lambda *x: (next(count) == 3 and ctrl_c(), collect(*x))[1]
+    collect, run = twosome.collect, ["--env", "virtualhome", "--task", "entertainment", *TINY_RUN]
+    with patch.object(twosome, "collect", plays), pytest.raises(SystemExit):
+        twosome.main([*run, "--out", "run"])
+    twosome.main(["--resume", "run"])
+    with patch.object(twosome, "score", lambda model, states: asked.extend(
+            map(str, states)) or ask(model, states)):
+        twosome.main([*run, "--out", "whole"])
+    assert same_run("run", "whole") and len(metrics("run")) == 4
+    assert {row["policy_loss"] for row in metrics("run")} == {""}
+    first, second = (checkpoint(run)["policies"] for run in ("run", "whole"))
+    assert first.keys() == second.keys() and all(torch.equal(first[x], second[x]) for x in first)
+    assert len(asked) - len(set(asked)) <= 50  # of the episode shown at the end, adapter off
+
+
 def attempt(operation=None, seconds=None) -> int:
     """Start or resume the run in a process of its own, kill that, and return its exit status."""
     begun, pid = os.path.exists("run/config.json"), os.fork()
@@ -1195,7 +1228,8 @@ def test_steps_until_90_percent_by_hand():
         assert reproduce.steps_to_90(curve) == expected
 
 
-@pytest.mark.parametrize("change", [*reproduce.PRINCIPLES, "all-actions"])
+@pytest.mark.parametrize("change", [*reproduce.PRINCIPLES, "all-actions", *(
+    x for x in real.WORDINGS if x != "chat-template" or real.FOLDER.exists())])
 def test_changes_are_made_and_undone(change):
     """Otherwise an experiment would measure nothing, or leak into the runs after it."""
     state = lambda: twosome.make_episode(

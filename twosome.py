@@ -29,8 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 def build_prompt(obs: str, goal: str) -> str:
     """Return the prompt, an unfinished sentence; a space and an action finish it. The environments
     word `obs` and the actions by the paper's four principles (section 4.4):
-    1. Cohesive: "... your next step is to" + " chop the tomato" is one fluent sentence, so the LM
-       does what it was trained for: it goes on with a text.
+    1. Cohesive: "... your next step is to" + " chop the tomato" is one fluent sentence.
     2. Articles: "pick up the tomato", as people write, not "pick up tomato".
     3. Preferred words: the actions' words are the observation's: "a bowl" is never "the plate".
     4. Alternative actions: one action is worded by the situation. With empty hands it is "walk to
@@ -126,7 +125,7 @@ from_all, add_up = lambda new: new, lambda weights, sums: sums
 class Agent(nn.Module):
     """pi(a | s) with s = (prompt, actions), and V(prompt): the reward to expect, less if later."""
 
-    def __init__(self, model, tokenizer, norm="word", max_prompts=4):
+    def __init__(self, model, tokenizer, norm="word", max_prompts=4, standardize=False):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
         # LoRA adds to a frozen matrix the product of two thin ones, at first 0. Paper: for queries
@@ -147,6 +146,7 @@ class Agent(nn.Module):
         self.optimizers = {"policy": torch.optim.Adam(lora, eps=1e-5),  # `practise` sets rates
                            "value": torch.optim.Adam(self.critic.parameters(), eps=1e-5)}
         self.features_memory = {}  # prompt -> (H,): the frozen LM's, so for good
+        self.scale = None if standardize else (0.0, 1.0)  # mean and deviation of features
         self.policy_memory = {}  # state -> log pi(. | s) (K,): until the policy moves
 
     def log_policy(self, states) -> list[torch.Tensor]:
@@ -177,8 +177,11 @@ class Agent(nn.Module):
             ids = torch.tensor([ids], device=self.model.device)
             with self.model.disable_adapter():
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            self.features_memory[prompt] = hidden[0, -1].float()
-        return torch.stack([self.features_memory[p] for p in prompts])
+            self.features_memory[prompt] = hidden[0, -1].float().cpu()
+        x = torch.stack([self.features_memory[p] for p in prompts])
+        if self.scale is None:  # a real LLM's states are alike: SmolLM2's differ by a tenth of
+            self.scale = x.mean(0), (x - x.mean(0)).std()  # their length; here, in rollout 1
+        return ((x - self.scale[0]) / self.scale[1]).to(self.model.device)
 
     def value(self, prompts: list[str]) -> torch.Tensor:
         """V(s) for B prompts: (B,) float32, with gradients for the critic only."""
@@ -226,11 +229,10 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
         delta_t = r_t + gamma^(k_t) V(s_{t+1}) - V(s_t)              k_t: primitive steps it took
         A_t     = delta_t + gamma^(k_t) lambda A_{t+1}, cut where an episode ends
 
-    delta: was it better than expected, as far as the next state tells? Later surprises are this
-    action's doing too, less with time (gamma^k) and with each decision in between (lambda).
-    discount is gamma^(k_t); next_value is 0 where nothing follows; done is 1 where an episode is
-    over. With gamma 0.5, lambda 1: the last action (k = 1, V = 0.4) earns 1, A = 1 - 0.4 = 0.6;
-    the one before it (k = 2, V = 0.2) earns 0, A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6 = 0.05.
+    delta: was it better than expected? Later surprises are this action's doing too, less with time
+    (gamma^k) and with each decision in between (lambda). discount: gamma^(k_t); next_value: 0 where
+    nothing follows; done: 1 where an episode ends. With gamma 0.5, lambda 1: the last action (k 1,
+    V 0.4) earns 1, A = 0.6; the one before (k 2, V 0.2): A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6 = 0.05.
     >>> column = lambda *x: torch.tensor(x)[:, None]
     >>> gae(column(0., 1.), column(.25, .5), column(.2, .4), column(.4, 0.), column(0., 1.), 1.0).T
     tensor([[0.0500, 0.6000]])
@@ -314,8 +316,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
     # As long as V = 0 and nothing was earned, all gradients are 0: the LM need not be asked.
     idle = args.ent_coef == 0 and not rollout.advantage.any()
-    # Where nothing new was earned, advantages are the critic's errors, a thousandth or so; divided
-    # by their deviation alone they would weigh like a success. Adding 1 keeps small ones small.
+    # Divided by their deviation alone, a critic's tiny errors would weigh like a success: add 1.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
@@ -363,7 +364,6 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
         agent.optimizers["value"].step()
         losses.append(loss.item())
-    # 1: the critic explains all of the returns' variance; 0: as good as their mean; below: worse.
     explained = 1 - (rollout.returns - rollout.value).var() / (rollout.returns.var() + 1e-8)
     return {"value_loss": sum(losses) / len(losses), "explained_variance": explained.item()}
 
@@ -516,8 +516,7 @@ def may_pack(model, encoded) -> bool:
     checked = len(as_tree(larger)[0]), length(larger[-1])
     model.packs_up_to = tuple(map(max, known, checked)) if same else None
     if not same:
-        print("note: this LM cannot be packed; scoring one row for each action, "
-              "which is slower and gives the same numbers", file=sys.stderr)
+        print("note: this LM cannot be packed; it is scored row by row, slower", file=sys.stderr)
     return same
 
 
@@ -583,7 +582,7 @@ EVALUATION_EPISODES, EPISODES_PER_ROW = 100, 32  # before and after training; fo
 
 def make_agent(args) -> Agent:
     model, tokenizer = load_lm(args.model, args.device, args.dtype)
-    return Agent(model, tokenizer, args.norm, args.max_prompts)
+    return Agent(model, tokenizer, args.norm, args.max_prompts, args.standardize)
 
 
 def make_episode(args, plays=Episode) -> Episode:
@@ -665,7 +664,7 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
         parameter.data.copy_(saved["weights"][name])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][name])
-    agent.policy_memory = saved["policies"]
+    agent.policy_memory, agent.scale = saved["policies"], saved["scale"]
     return saved
 
 
@@ -721,12 +720,11 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
                 raise ValueError(f"update {update}: a number is not finite; try lower rates;")
-            rows.append({name: f"{x:.6g}" if isinstance(x, float) else x
-                         for name, x in log.items()})
+            rows.append({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in log.items()})
             write(run / "metrics.csv", table())
             write(run / "checkpoint.pt", {
                 "weights": trained_parameters(agent), "policies": agent.policy_memory, "rows": rows,
-                "before": before,
+                "before": before, "scale": agent.scale,
                 "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
                 "rng": rng.getstate(), "playing": [episode.env.get_state() for episode in playing]})
             bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
@@ -787,6 +785,7 @@ class Args:
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
     policy_lr: float | None = knob(None, "LoRA's learning rate: 2e-3 for pocket_lm, else 3e-3, "
                                    "found with 135M weights; paper: 5e-7 and 1e-6, 7B, float16")
+    standardize: bool | None = knob(None, "the critic's inputs (not pocket_lm's); paper: not")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
@@ -810,7 +809,7 @@ class Args:
         for name, value in {"steps": TASK_STEPS.get(self.task, (5_120, 5_120))[0 if ours else 1],
                             "gamma": 0.99 if self.env == "overcooked" else 0.95,
                             "policy_lr": 2e-3 if ours else 3e-3, "epochs": 4 if ours else 2,
-                            "max_prompts": 4 if ours else 8}.items():
+                            "max_prompts": 4 if ours else 8, "standardize": not ours}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]

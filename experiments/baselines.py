@@ -46,7 +46,7 @@ class Baseline(Agent):
     def __init__(self, model: nn.Module, critic: nn.Module):
         nn.Module.__init__(self)  # not Agent's: there is no LLM to wrap
         self.model, self.critic, self.max_prompts = model, critic, 1024
-        self.policy_memory = {}
+        self.policy_memory, self.scale = {}, None
         self.optimizers = {
             name: torch.optim.Adam(weights, eps=1e-5) for name, part in (
                 ("policy", model), ("value", critic))

@@ -9,12 +9,12 @@ Both ways run in turns, each time from the same weights and seed, and with nothi
 
 iteration       the reference's own: 4 environments x 32 decisions, then one pass of the critic and
                 one of the policy over these 128 decisions. Both ways are measured whole.
-default update  twosome.py's own: n_envs x rollout_steps decisions (512), epochs (4) passes, all of
-                them (no KL stop), and the first update, when nothing is remembered yet; without the
-                episodes that only a row of the log needs. Ours is measured whole. The plain way is
-                not run but multiplied out, from each of its iterations above: decisions x
-                (rollout / 128 + epochs x (value update + policy update) / 128). (The tokens per
-                decision of the two rollouts differ by 1 to 5%.)
+default update  twosome.py's own: n_envs x rollout_steps decisions (512), epochs passes (4; of LMs
+                other than pocket_lm 2), all of them (no KL stop), and the first update, when
+                nothing is remembered yet; without the episodes that only a row of the log needs.
+                Ours is measured whole. The plain way is not run but multiplied out, from each of
+                its iterations above: decisions x (rollout / 128 + epochs x (value update + policy
+                update) / 128). (The tokens per decision of the two rollouts differ by 1 to 5%.)
 GFLOP, MiB      of an iteration, each way in a fresh process; CPU: resident memory, CUDA: allocated
 parity          the largest difference of a probability between the two ways, over all states of the
                 iteration, after one update; above 1e-5 in float32 this script fails
@@ -155,7 +155,8 @@ def make_agent(options) -> twosome.Agent:
             num_attention_heads=heads, tie_word_embeddings=tied, max_position_embeddings=2048)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    agent = twosome.Agent(model, tokenizer)
+    agent = twosome.Agent(model, tokenizer, max_prompts=twosome.Args(
+        model=options.model).max_prompts)
     agent.at_first = {n: p.detach().clone() for n, p in twosome.trained_parameters(agent).items()}
     return agent
 
@@ -169,6 +170,7 @@ def iteration(way: str, agent, args):
         agent.optimizers[name].state.clear()
         agent.optimizers[name].param_groups[0]["lr"] = rate
     agent.policy_memory, agent.features_memory = {}, {}
+    vars(agent.model).pop("below_lora", None)
     encode.cache_clear()
     playing = [twosome.make_episode(args) for _ in range(args.n_envs)]
     rng, player = random.Random(args.seed), PlainAgent(agent) if way == "plain" else agent
@@ -286,8 +288,8 @@ def main():
     options = parser.parse_args()
     # All of an update: no early end where the policy has moved far.
     env_of = lambda task: "overcooked" if task.endswith("salad") else "virtualhome"
-    defaults = {task: twosome.Args(env=env_of(task), task=task, policy_lr=1e-3, target_kl=1e9)
-                for task in options.tasks}
+    defaults = {task: twosome.Args(env=env_of(task), task=task, model=options.model,
+                                   policy_lr=1e-3, target_kl=1e9) for task in options.tasks}
     iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
                                 minibatches=4) for task, args in defaults.items()}
     if options.only:

@@ -247,15 +247,16 @@ def report(folder: Path, plan: list[dict]):
         "pairs of each of its 67 files; chance is 0.5, and one point is 13 pairs.\n"]
 
     changes = [x for x in (*PRINCIPLES, *WORDINGS) if x != "new-words"]
+    short = [task for task in ("tomato-salad", "food-preparation") if task in tasks]
     out += ["## R4 wording\n\nUntrained, per word, success:\n", table(
         ["prompt", *tasks],
         [[change or "as it is", *(spread(outcome(pick(
             task, f"untrained-{change or 'word'}"), "success"), 3) for task in tasks)]
          for change in ("", *changes)]),
         "With training, success:\n", table(
-        ["prompt", *tasks[:1], *household[:1]],
+        ["prompt", *short],
         [["as it is" if change == "word" else change,
-          *(spread(outcome(pick(task, change), "success")) for task in (*tasks[:1], *household[:1]))]
+          *(spread(outcome(pick(task, change), "success")) for task in short)]
          for change in ("word", *PRINCIPLES)]),
         "Trained as it is, then asked in other words (success, per word): `other_words` in the "
         "actions only, `new_words` in observation and actions:\n", table(
@@ -294,6 +295,8 @@ def report(folder: Path, plan: list[dict]):
         return [curves[prefix + row["name"]] for row in pick(task, label, rows)
                 if prefix + row["name"] in curves]
 
+    if not tasks:
+        return
     plot.learning_curves({task: {name: drawn for name, drawn in (
         ("TWOSOME, per word", lines(task, "word")), ("TWOSOME, per token", lines(task, "token")),
         ("TWOSOME, undivided", lines(task, "none")), ("SayCan", lines(task, "saycan")),

@@ -100,10 +100,10 @@ def jobs(mode: str, lm: str) -> list[dict]:
         add("E5", "tomato-salad", "time-limit-ends", seed, bootstrap_time_limit=False)
         add("E5", "tomato-salad", "eps-1e-8", seed, advantage_eps=1e-8)
         if seed in SEEDS[mode][:3]:
-            for task in ("tomato-salad", "food-preparation"):
-                add("E6", task, "tiny1m", seed, cost=60, model=lm,
-                    **{name: getattr(twosome.Args(task=task), name) for name in (
-                        "steps", "policy_lr", "epochs", "max_prompts")})  # as for pocket_lm
+            for env, task in (("overcooked", "tomato-salad"), ("virtualhome", "food-preparation")):
+                ours = twosome.Args(env=env, task=task)  # as for pocket_lm
+                add("E6", task, "tiny1m", seed, cost=60, model=lm, **{x: getattr(ours, x) for x in (
+                    "steps", "policy_lr", "standardize", "epochs", "max_prompts")})
     for seed in SEEDS["full"] if mode == "full" else ():  # the longest ones last
         add("E5", "entertainment", "eps-1e-8", seed, advantage_eps=1e-8)
         add("E5", "entertainment", "all-actions", seed, change="all-actions")
@@ -256,7 +256,8 @@ def run_all(todo: list[dict], folder: Path, workers: int, measure=measure, colum
                bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"
                           "{postfix}")
     with bar, multiprocessing.get_context("spawn").Pool(workers) as pool:  # ends with its block
-        for job, row, curve in pool.imap_unordered(functools.partial(run_job, measure=measure), todo):
+        run = functools.partial(run_job, measure=measure)
+        for job, row, curve in pool.imap_unordered(run, todo):
             if curve is None:
                 tqdm.write(f"{job['name']} could not run: {row}")
                 continue
