@@ -783,8 +783,8 @@ class Args:
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
-    policy_lr: float | None = knob(None, "LoRA's learning rate: 2e-3 for pocket_lm, else 3e-3, "
-                                   "found with 135M weights; paper: 5e-7 and 1e-6, 7B, float16")
+    policy_lr: float = knob(2e-3, "LoRA's learning rate, searched with 0.9M and 135M weights; "
+                            "paper: 5e-7 and 1e-6, for 7B in float16")
     standardize: bool | None = knob(None, "the critic's inputs (not pocket_lm's); paper: not")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1")
@@ -808,8 +808,8 @@ class Args:
         ours = self.model == "pocket_lm"
         for name, value in {"steps": TASK_STEPS.get(self.task, (5_120, 5_120))[0 if ours else 1],
                             "gamma": 0.99 if self.env == "overcooked" else 0.95,
-                            "policy_lr": 2e-3 if ours else 3e-3, "epochs": 4 if ours else 2,
-                            "max_prompts": 4 if ours else 8, "standardize": not ours}.items():
+                            "epochs": 4 if ours else 2, "max_prompts": 4 if ours else 8,
+                            "standardize": not ours}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]

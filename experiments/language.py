@@ -84,17 +84,17 @@ def language(model, tokenizer) -> tuple[float, float]:
 
 @torch.no_grad()
 def real_language(model, tokenizer, wikitext: Path, blimp: Path) -> tuple[float, float]:
-    """(perplexity on WikiText-2, accuracy on BLiMP by the log-probability of the whole sentence)."""
+    """(perplexity on WikiText-2, accuracy on BLiMP by the log-probability of whole sentences)."""
     ids = torch.tensor(tokenizer(wikitext.read_text(encoding="utf-8"))["input_ids"][:40 * 512])
     losses = [model(input_ids=window[None], labels=window[None]).loss.item()
               for window in ids.split(512)]
     pairs = [json.loads(line) for text in read_blimp(blimp) for line in text.splitlines()[:20]]
     begin, right = tokenizer.bos_token_id, 0
     encode = lambda sentence: tokenizer(sentence, add_special_tokens=False)["input_ids"]
-    for i in range(0, len(pairs), 16):
-        scores = twosome.plain_log_probs(model, [
+    for i in range(0, len(pairs), 8):
+        scores = twosome.score(model, [
             ([begin], [encode(pair["sentence_good"]), encode(pair["sentence_bad"])])
-            for pair in pairs[i:i + 16]])
+            for pair in pairs[i:i + 8]])
         right += sum(int(good > bad) for good, bad in scores)
     return math.exp(sum(losses) / len(losses)), right / len(pairs)
 

@@ -28,7 +28,7 @@ from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TAS
                        never, numbers, outcome, perplexity_change, read_csv, spread, table)
 
 SEEDS = [31, 32, 33]  # nothing was chosen by looking at them
-RATES = [1e-3, 2e-3, 6e-3]  # and the default, 3e-3, which R1 has
+RATES = [1e-3, 4e-3, 8e-3]  # and the default, 2e-3, which R1 has
 COST = {"tomato-salad": 250, "tomato-lettuce-salad": 2_500, "food-preparation": 180,
         "entertainment": 2_500}  # seconds of a job on one core, for the time that is left
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"  # where get_smollm2.py puts it
@@ -265,8 +265,8 @@ def report(folder: Path, plan: list[dict]):
           *(spread(numbers(pick(task, "word"), x)) for x in ("other_words", "new_words"))]
          for task in tasks if task != "tomato-lettuce-salad"])]
 
-    labels = {"rate-0.001": "1e-3", "rate-0.002": "2e-3", "word": "3e-3 (the default)",
-              "rate-0.006": "6e-3"}
+    labels = {"rate-0.001": "1e-3", "word": "2e-3 (the default)", "rate-0.004": "4e-3",
+              "rate-0.008": "8e-3"}
     out += ["## R5 the rate\n", table(
         ["task", "rate", "steps until 90% success", "success", "discounted return",
          "perplexity, change in %", "BLiMP, change in points"],
