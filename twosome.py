@@ -371,8 +371,8 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
 def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, first: int = 0):
     """The loop: play, judge, learn, again, at rates that fall to 0. Yields each rollout and log."""
     for update in range(first, n_updates):
-        for name, rate in (("policy", args.policy_lr), ("value", args.value_lr)):
-            agent.optimizers[name].param_groups[0]["lr"] = rate * (1 - update / n_updates)
+        for name, optimizer in agent.optimizers.items():
+            optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * (1 - update / n_updates)
         rollout = collect(agent, playing, args, rng)
         yield rollout, agent.learn(rollout, args, rng)
 
