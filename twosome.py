@@ -818,7 +818,7 @@ class Args:
 
 
 # Decisions in which pocket_lm and SmolLM2 learn each task, found on seeds of no reported run.
-TASK_STEPS = {"tomato-salad": (7_680, 7_680), "tomato-lettuce-salad": (12_800, 12_800),
+TASK_STEPS = {"tomato-salad": (7_680, 5_120), "tomato-lettuce-salad": (12_800, 12_800),
               "food-preparation": (5_120, 5_120), "entertainment": (12_800, 51_200)}
 
 
