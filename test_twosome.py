@@ -809,6 +809,7 @@ def test_resumed_while_nothing_was_earned():
     first, second = (checkpoint(run)["policies"] for run in ("run", "whole"))
     assert first.keys() == second.keys() and all(torch.equal(first[x], second[x]) for x in first)
     assert len(asked) - len(set(asked)) <= 50  # of the episode shown at the end, adapter off
+    assert load("run")[1].policy_memory == {}  # --evaluate with another --norm asks anew
 
 
 def attempt(operation=None, seconds=None) -> int:

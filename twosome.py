@@ -179,8 +179,8 @@ class Agent(nn.Module):
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             self.features_memory[prompt] = hidden[0, -1].float().cpu()
         x = torch.stack([self.features_memory[p] for p in prompts])
-        if self.scale is None:  # a real LLM's states are alike: SmolLM2's differ by a tenth of
-            self.scale = x.mean(0), (x - x.mean(0)).std()  # their length; here, in rollout 1
+        if self.scale is None:  # by the first rollout, for good. A real LLM's states are alike:
+            self.scale = x.mean(0), (x - x.mean(0)).std()  # SmolLM2's differ by a tenth of |x|
         return ((x - self.scale[0]) / self.scale[1]).to(self.model.device)
 
     def value(self, prompts: list[str]) -> torch.Tensor:
@@ -664,7 +664,7 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
         parameter.data.copy_(saved["weights"][name])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][name])
-    agent.policy_memory, agent.scale = saved["policies"], saved["scale"]
+    agent.scale = saved["scale"]
     return saved
 
 
@@ -688,7 +688,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         saved = load_checkpoint(run, agent)
         if len(saved["playing"]) != len(playing):
             raise ValueError(f"{run}: resume it with as many processes as it was begun with")
-        rows, before = saved["rows"], saved["before"]
+        rows, before, agent.policy_memory = saved["rows"], saved["before"], saved["policies"]
         write(run / "metrics.csv", table())  # the checkpoint's log is the true one
         rng.setstate(saved["rng"])
         for episode, state in zip(playing, saved["playing"]):
