@@ -419,7 +419,7 @@ def as_tree(encoded):
                     sources.append(column)
                     targets.append(token)
                 if i + 1 < len(prompt + action):
-                    column = columns.setdefault((column, token), len(columns))
+                    column = columns.setdefault((column, token), len(columns))  # known, or next
                     own[column] = True
     sees = np.eye(len(columns), dtype=bool)  # a column comes after the one that it continues
     for column, (before, _) in enumerate(columns):
