@@ -6,7 +6,7 @@ offers, as the ending of one sentence, and makes a policy of these. From then on
 reinforcement learning: act, and nudge a small adapter (LoRA) so that actions that turned out well
 become likelier. The model itself stays frozen.
 
-    python twosome.py --env overcooked            # 10 s on two CPU cores; --help lists all flags
+    python twosome.py --env overcooked        # half a minute on a CPU core; --help lists all flags
 
 Sections 1 to 4 are the whole algorithm: 1 prompts; 2 scoring; 3 the actor-critic; 4 PPO. From below
 they use only the knobs, `args` (values and reasons: section 8); where they end, you can stop.
