@@ -1,12 +1,14 @@
 """A real LLM, SmolLM2-135M-Instruct, where `python experiments/get_smollm2.py` was run."""
 
 import csv
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, as in test_twosome.py
 sys.path.insert(0, str(ROOT))
 import twosome  # noqa: E402
 
