@@ -453,11 +453,14 @@ def decode_above(model, encoded, ids, sees, of_states):
     memory = vars(model).setdefault("below_lora", {})
     below = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype, device=model.device)
     for state, own in zip(encoded, of_states):
-        if str(state) not in memory:  # instead of computing, blocks[n:] keep what comes to them
-            decode(model, *as_tree([state])[:2], blocks[n:],
-                   lambda x, *_, **__: memory.setdefault(str(state), x[0])[None])
-        below[own] = memory[str(state)]
-    return decode(model, ids, sees, blocks[:n], lambda *_, **__: below[None])
+        key = str(state)
+        if key not in memory:  # blocks[n:] do not compute, they hand on what was put in
+            with blocks[n - 1].register_forward_hook(lambda *x: memory.update({key: x[2]})):
+                decode(model, *as_tree([state])[:2], blocks[n:], lambda *_, **__: memory[key])
+        a_tuple = isinstance(memory[key], tuple)  # of (1, L, H) and more; else only that
+        below[own] = memory[key][0][0] if a_tuple else memory[key][0]
+    result = (below[None],) if a_tuple else below[None]
+    return decode(model, ids, sees, blocks[:n], lambda *_, **__: result)
 
 
 def packed_log_probs(model, encoded) -> list[torch.Tensor]:
@@ -486,9 +489,8 @@ class InFloat32(TorchFunctionMode):
         return widen(function(*map(widen, args), **kwargs))
 
 
-# Not every LM may be packed: sliding windows and ALiBi measure distance in columns, whatever the
-# positions say, and a state-space model has no mask. So each is compared with the definition at its
-# first use, and again when a tree or a row is longer than any compared.
+# Not every LM may be packed: sliding windows and ALiBi measure distance in columns, a state-space
+# model has no mask. So each is compared with the definition at first, and on longer trees or rows.
 @torch.no_grad()
 def may_pack(model, encoded) -> bool:
     """Does packing give the defined numbers for this model, on a tree as large as this?"""
@@ -521,8 +523,7 @@ def may_pack(model, encoded) -> bool:
 
 
 # Several processes (accelerate launch) play the same episodes with the same random numbers. They
-# divide what is expensive, the policy's passes through the LM, and tell each other what came out.
-# This and what follows takes the place of the plain ones above.
+# divide the policy's passes through the LM. What follows takes the place of the plain ones above.
 def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
     for p in weights:
         p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
@@ -787,7 +788,7 @@ class Args:
                             "paper: 5e-7 and 1e-6, for 7B in float16")
     standardize: bool | None = knob(None, "the critic's inputs (not pocket_lm's); paper: not")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
-    epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1")
+    epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1, a waste")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
     max_prompts: int | None = knob(None, "states in a pass (memory): 4, of larger LMs 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")

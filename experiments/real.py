@@ -25,7 +25,8 @@ from pathlib import Path
 
 import reproduce
 from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TASKS, UNSEEN,
-                       never, numbers, outcome, perplexity_change, read_csv, spread, table)
+                       mean_steps, never, numbers, outcome, perplexity_change, read_csv, spread,
+                       table)
 
 SEEDS = [31, 32, 33]  # nothing was chosen by looking at them
 RATES = [1e-3, 4e-3, 8e-3]  # and the default, 2e-3, which R1 has
@@ -51,16 +52,12 @@ def jobs(given) -> list[dict]:
     """All jobs: what takes minutes first, then the two long tasks, seed by seed."""
     result = []
 
-    def add(experiment, task, label, seed, change=None, cost=None, **own):
-        env = "overcooked" if task.endswith("salad") else "virtualhome"
-        name = f"{task}-{label}-seed{seed}"
-        result.append({
-            "name": name, "experiment": experiment, "task": task, "label": label, "seed": seed,
-            "change": change, "run": str(SCRATCH / "real" / name),
-            "language": [given.wikitext, given.blimp] if given.wikitext and given.blimp else None,
-            "cost": COST[task] if cost is None else cost,
-            "given": {"env": env, "task": task, "seed": seed, "device": "cpu",
-                      "model": MODEL} | own})
+    language = [given.wikitext, given.blimp] if given.wikitext and given.blimp else None
+
+    def add(experiment, task, label, seed, cost=None, **own):
+        result.append({"language": language} | reproduce.a_job(
+            experiment, task, label, seed, SCRATCH / "real", cost or COST[task], model=MODEL,
+            **own))
 
     for part in (["tomato-salad", "food-preparation"], ["entertainment"], ["tomato-lettuce-salad"]):
         for task, norm in itertools.product(part, NORMS):  # untrained, no seed makes a difference
@@ -187,15 +184,14 @@ def report(folder: Path, plan: list[dict]):
     def say(reached: bool, text: str):
         verdicts.append((reached, f"- {'reached' if reached else '**NOT reached**'}: {text}"))
 
-    steps = lambda rows: sum(float(r["steps_to_90"] or r["env_steps"]) for r in rows) / len(rows)
     for task in tasks:
         word, none, ppo = pick(task, "word"), pick(task, "none"), pick(task, "ppo", full)
-        say(all(r["steps_to_90"] for r in word) and steps(word) <= steps(ppo) / 2,
+        say(all(r["steps_to_90"] for r in word) and mean_steps(word) <= mean_steps(ppo) / 2,
             f"{task}, per word: 90% success within half of PPO's steps: {never(word)} against "
             f"{never(ppo)}")
         if none:
             a, b = outcome(word, "success"), outcome(none, "success")
-            say(min(a) >= max(b) and steps(word) < steps(none),
+            say(min(a) >= max(b) and mean_steps(word) < mean_steps(none),
                 f"{task}: per word above undivided, in the end and in steps: {spread(a)} against "
                 f"{spread(b)}; {never(word)} against {never(none)}")
         if percent := perplexity_change(word):

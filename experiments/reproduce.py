@@ -65,6 +65,14 @@ CURVE = ["name", "env_steps", "success", "return"]  # each row: 32 sampled episo
 
 # --- the jobs -------------------------------------------------------------------------------------
 
+def a_job(experiment, task, label, seed, scratch, cost, change=None, **given) -> dict:
+    env = "overcooked" if task.endswith("salad") else "virtualhome"
+    name = f"{task}-{label}-seed{seed}"
+    return {"name": name, "experiment": experiment, "task": task, "label": label, "seed": seed,
+            "change": change, "run": str(scratch / name), "cost": cost,
+            "given": {"env": env, "task": task, "seed": seed, "device": "cpu"} | given}
+
+
 def jobs(mode: str, lm: str) -> list[dict]:
     """All jobs of a mode, seed by seed, so that a cut call leaves whole seeds behind.
 
@@ -73,13 +81,8 @@ def jobs(mode: str, lm: str) -> list[dict]:
     import twosome
     result = []
 
-    def add(experiment, task, label, seed, change=None, cost=None, **given):
-        env = "overcooked" if task.endswith("salad") else "virtualhome"
-        result.append({"name": f"{task}-{label}-seed{seed}", "experiment": experiment, "task": task,
-                       "label": label, "seed": seed, "change": change,
-                       "run": str(SCRATCH / f"{task}-{label}-seed{seed}"),
-                       "cost": COST[task] if cost is None else cost,
-                       "given": {"env": env, "task": task, "seed": seed, "device": "cpu"} | given})
+    def add(experiment, task, label, seed, cost=None, **given):
+        result.append(a_job(experiment, task, label, seed, SCRATCH, cost or COST[task], **given))
 
     for seed in SEEDS[mode]:
         for task in TASKS if mode == "full" else ["tomato-salad", "food-preparation"]:
@@ -207,6 +210,9 @@ def run_job(job: dict, measure=measure):
         torch.manual_seed(args.seed)
         try:
             agent = baselines.make_agent(args)
+            config = run / "config.json"
+            if config.exists() and json.loads(config.read_text()) != vars(args):
+                shutil.rmtree(run)  # an older version's: it cannot be gone on with
             if not (run / "summary.json").exists():
                 twosome.train(args, agent, run, plays)
             elif args.steps:
@@ -303,6 +309,11 @@ def never(rows: list[dict]) -> str:
     return f"{spread(reached, 0) if reached else 'never'} ({len(reached)} of {len(rows)})"
 
 
+def mean_steps(rows: list[dict]) -> float:
+    """Until 90%; a seed that never got there counts with all its steps."""
+    return mean(float(row["steps_to_90"] or row["env_steps"]) for row in rows)
+
+
 def verdicts(pick) -> list[str]:
     """What was aimed at, and whether it was reached; each line from runs.csv alone."""
     lines = []
@@ -314,8 +325,7 @@ def verdicts(pick) -> list[str]:
         ours, ppo = pick(task, "word"), pick(task, "ppo")
         if not ours or not ppo:
             continue
-        mine, its = (mean(float(r["steps_to_90"] or r["env_steps"]) for r in rows)
-                     for rows in (ours, ppo))
+        mine, its = mean_steps(ours), mean_steps(ppo)
         say(len(numbers(ours, "steps_to_90")) == len(ours) and mine <= its / 3,
             f"{task}: 90% success in at most a third of PPO's steps: TWOSOME {never(ours)}, PPO "
             f"{never(ppo)}, ratio {mine / its:.2f}"
