@@ -440,6 +440,9 @@ def test_nothing_earned_is_no_reason_to_move():
     rollout = a_rollout(agent, args)
     assert (rollout.advantage == 0).all() and (rollout.returns == 0).all()
     assert not moved(agent, twosome.update_policy, rollout, args, random.Random(0))
+    for earned in (1, 0):  # without a critic: then Adam moves on, which is no idle update
+        rollout.advantage = torch.randn(len(rollout.states)) * earned
+        assert twosome.update_policy(agent, rollout, args, random.Random(0))
     rollout.advantage = torch.randn(len(rollout.states)) * 0.001
     small, full = (torch.cat([g.flatten() for g in gradients(agent, rollout, advantage_eps=eps)])
                    for eps in (1.0, 1e-8))

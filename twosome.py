@@ -54,8 +54,7 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
         # The space between the two may close the prompt's last token or open the action's first.
         first = next((i for i, (start, _) in enumerate(offsets) if start >= len(prompt)), len(ids))
         across = any(start < len(prompt) and stop > len(prompt) + 1 for start, stop in offsets)
-        changes_prompt = prompt_ids is not None and prompt_ids != ids[:first]
-        if across or changes_prompt:  # then P(action | prompt) is not defined
+        if across or prompt_ids not in (None, ids[:first]):  # then P(action | prompt) is undefined
             raise ValueError(f"{tokenizer.name_or_path} has a token across the end of the prompt "
                              f"and the beginning of {action!r}; choose another model")
         prompt_ids = ids[:first]
@@ -96,11 +95,11 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     """Make actions of different length comparable; the policy is the softmax of the result.
 
     A product of more factors is smaller. Dividing its log by n takes the n-th root: the probability
-    of an average token (Eq. 3) or word (Eq. 4). An example; right: the division by which it wins.
+    of an average token (Eq. 3) or word (Eq. 4). An example: each token's P, and who wins by which.
 
-        wait                  0.01                     none: it is one factor only
-        chop the egg          0.1 0.8 0.1              word: the best choice, though "the" helps it
-        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   token: the sure pieces of its long word help
+        wait                  0.01                     by none: it is one factor only
+        chop the egg          0.1 0.8 0.1              by word: the best, though "the" helps it
+        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   by token: the sure pieces of a long word help
     >>> log_p = [torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()]
     >>> n_tokens, n_words = [torch.tensor([1, 3, 5])], [torch.tensor([1, 3, 3])]
     >>> for norm in ("none", "token", "word"):
@@ -123,17 +122,17 @@ from_all, add_up = lambda new: new, lambda weights, sums: sums
 
 
 class Agent(nn.Module):
-    """pi(a | s) with s = (prompt, actions), and V(prompt): the reward to expect, less if later."""
+    """pi(a | s) with s = (prompt, actions), and V(prompt), the expected discounted reward."""
 
     def __init__(self, model, tokenizer, norm="word", max_prompts=4, standardize=False):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
-        # LoRA adds to a frozen matrix the product of two thin ones, at first 0. Paper: for queries
-        # and values, in all blocks; ours: in the last ten, as section 5 remembers what is below.
+        # LoRA adds to a frozen matrix the product of two thin ones, at first 0. Paper: queries and
+        # values of all blocks; ours: all matrices of the last ten. (What is below never changes.)
         blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
         last = {*blocks[-10:].modules()}
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
-        self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba would read past it
+        self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba would read past LoRA
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
             exclude_modules=skip)).eval()  # (out, 8) all 0 times (8, in) random; eval: no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
@@ -142,9 +141,8 @@ class Agent(nn.Module):
         # V = 0 at first: a random critic's errors would look like good or bad actions to LoRA.
         nn.init.zeros_(self.critic[-1].weight)
         nn.init.zeros_(self.critic[-1].bias)
-        lora = [p for p in self.model.parameters() if p.requires_grad]  # peft froze the rest
-        self.optimizers = {"policy": torch.optim.Adam(lora, eps=1e-5),  # `practise` sets rates
-                           "value": torch.optim.Adam(self.critic.parameters(), eps=1e-5)}
+        adam = lambda x: torch.optim.Adam([p for p in x.parameters() if p.requires_grad], eps=1e-5)
+        self.optimizers = {"policy": adam(self.model), "value": adam(self.critic)}
         self.features_memory = {}  # prompt -> (H,): the frozen LM's, so for good
         self.scale = None if standardize else (0.0, 1.0)  # mean and deviation of features
         self.policy_memory = {}  # state -> log pi(. | s) (K,): until the policy moves
@@ -179,8 +177,8 @@ class Agent(nn.Module):
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             self.features_memory[prompt] = hidden[0, -1].float().cpu()
         x = torch.stack([self.features_memory[p] for p in prompts])
-        if self.scale is None:  # by the first rollout, for good. A real LLM's states are alike:
-            self.scale = x.mean(0), (x - x.mean(0)).std()  # SmolLM2's differ by a tenth of |x|
+        if self.scale is None:  # of the first rollout, for good; SmolLM2's differ by a tenth of |x|
+            self.scale = x.mean(0), (x - x.mean(0)).std()
         return ((x - self.scale[0]) / self.scale[1]).to(self.model.device)
 
     def value(self, prompts: list[str]) -> torch.Tensor:
@@ -299,7 +297,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -(surrogate + ent_coef * entropy).sum()
-    kl = log_ratio.expm1() - log_ratio  # r - 1 - log r: 0 if nothing moved, else above
+    kl = log_ratio.expm1() - log_ratio  # r - 1 - log r >= 0, whose mean estimates KL(pi_old, pi)
     terms = torch.stack([-surrogate.sum(), entropy.sum(), kl.sum(), (ratio != clipped).sum()])
     return loss, terms.detach()
 
@@ -314,8 +312,9 @@ def minibatches(n: int, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # As long as V = 0 and nothing was earned, all gradients are 0: the LM need not be asked.
-    idle = args.ent_coef == 0 and not rollout.advantage.any()
+    # Until something was earned, V and all gradients are 0: the LM is not asked, only Adam counts.
+    idle = args.ent_coef == 0 and not rollout.advantage.any() and not any(
+        x["exp_avg"].any() for x in agent.optimizers["policy"].state.values())
     # Divided by their deviation alone, a critic's tiny errors would weigh like a success: add 1.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
@@ -325,7 +324,8 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         decisions = {}
         for i in batch:
             decisions.setdefault(rollout.states[i], []).append(i)
-        agent.optimizers["policy"].zero_grad()
+        for p in weights:
+            p.grad = torch.zeros_like(p)
         sums = torch.zeros(4)
         for states in in_parts([] if idle else sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
@@ -445,7 +445,7 @@ def decode(model, ids, sees, blocks=(), instead=None):
 
 def decode_above(model, encoded, ids, sees, of_states):
     """The same, but what the frozen blocks below LoRA make of a state is computed only once, for it
-    alone (so not even a rounding depends on the company)."""
+    alone, and kept for good (0.1 MB a state of SmolLM2)."""
     blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
     n = next((n for n, part in enumerate(blocks) if "lora_" in str(part)), 0)  # LoRA: blocks[n:]
     if n == 0:
@@ -526,7 +526,7 @@ def may_pack(model, encoded) -> bool:
 # divide the policy's passes through the LM. What follows takes the place of the plain ones above.
 def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
     for p in weights:
-        p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        p.grad = reduce(p.grad, "sum")
     return reduce(sums.to(weights[0].device), "sum").cpu()
 
 
@@ -670,7 +670,7 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
 
 
 def train(args, agent: Agent, run: Path, plays=Episode):
-    """Train an agent on episodes of the kind `plays`; a folder with a checkpoint is gone on with.
+    """Train an agent on episodes of the kind `plays`; a folder with a checkpoint is resumed.
 
     A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
     torch's seed makes LoRA and critic, `rng` draws actions and minibatches, evaluation has its own.
@@ -828,7 +828,7 @@ def command(argv, own, make_agent, plays):
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", type=Path, help="go on with an interrupted run")
     modes.add_argument("--evaluate", metavar="RUN", type=Path,
-                       help="play 100 more episodes with a run's agent, and these flags on top")
+                       help="play another 100 episodes with a run's agent, and these flags on top")
     given = parser.parse_args(argv)
     old = given.resume or given.evaluate
     config = json.loads((old / "config.json").read_text()) if old else own
