@@ -9,6 +9,7 @@ this repository (language.py says where they are): --wikitext FILE --blimp FOLDE
 them their columns stay empty.
 
 R1 sample efficiency   four tasks; three normalisations, SayCan, untrained; PPO is that of `full`
+                       (in Overcooked each word of an action is one token: words are tokens)
 R2 unseen tasks        the agents of two household tasks on all the others
 R3 language            WikiText-2 and BLiMP, before and after R1's and R5's runs
 R4 wording             each prompt principle switched off, other joining phrases, a chat template:
@@ -59,13 +60,15 @@ def jobs(given) -> list[dict]:
             experiment, task, label, seed, SCRATCH / "real", cost or COST[task], model=MODEL,
             **own))
 
+    norms = lambda task: ["word", "none"] if task.endswith("salad") else NORMS
     for part in (["tomato-salad", "food-preparation"], ["entertainment"], ["tomato-lettuce-salad"]):
-        for task, norm in itertools.product(part, NORMS):  # untrained, no seed makes a difference
-            add("R1", task, f"untrained-{norm}", SEEDS[0], cost=40, steps=0, norm=norm)
+        for task in part:
+            for norm in norms(task):  # untrained, no seed makes a difference
+                add("R1", task, f"untrained-{norm}", SEEDS[0], cost=40, steps=0, norm=norm)
         for seed, task in itertools.product(SEEDS, part):
-            for norm in NORMS:
+            for norm in norms(task):
                 add("R1", task, norm, seed, norm=norm)
-            add("R1", task, "saycan", seed, cost=60, method="saycan",
+            add("R1", task, "saycan", seed, cost=60, method="saycan", n_envs=8,
                 steps=reproduce.BASELINE_STEPS[task])
         if "food-preparation" in part:
             for seed, task, rate in itertools.product(SEEDS, part, RATES):
@@ -121,6 +124,9 @@ WORDINGS = {f"join-{phrase.strip(' ,').replace(' ', '-')}": functools.partial(jo
 
 # --- one job --------------------------------------------------------------------------------------
 
+BELOW = {}  # what the frozen blocks make of a text, see twosome.decode_above
+
+
 @functools.cache
 def language_before(wikitext: Path, blimp: Path) -> tuple[float, float]:
     import twosome
@@ -142,6 +148,7 @@ def measure(job: dict, row: dict, agent, args, plays):
                 row[change.replace("-", "_")], _ = exact(agent, args, plays)
     if job["language"] and (trained or job["experiment"] == "R5"):  # R3
         row["perplexity_before"], row["blimp_before"] = language_before(*job["language"])
+        vars(agent.model)["below_lora"] = BELOW  # of all agents
         row["perplexity"], row["blimp"] = real_language(
             agent.model, agent.tokenizer, *job["language"])
 
@@ -222,7 +229,8 @@ def report(folder: Path, plan: list[dict]):
             [[f"{label} (of `full`)", len(r), never(r), spread(outcome(r, "success")),
               spread(outcome(r, "return"), 3), spread(numbers(r, "seconds"), 0)]
              for label in ("ppo", "random") if (r := pick(task, label, full))])]
-    out.append("Seconds of training: one thread, with a second job beside it.\n")
+    out.append("Seconds of training: one thread, beside a second job. In Overcooked per token is per "
+               "word, as each word of its actions is one token.\n")
 
     household = [task for task in ("food-preparation", "entertainment") if pick(task, "word")]
     agents = [(task, norm) for task in household for norm in NORMS if pick(task, norm)]
