@@ -229,8 +229,8 @@ def report(folder: Path, plan: list[dict]):
             [[f"{label} (of `full`)", len(r), never(r), spread(outcome(r, "success")),
               spread(outcome(r, "return"), 3), spread(numbers(r, "seconds"), 0)]
              for label in ("ppo", "random") if (r := pick(task, label, full))])]
-    out.append("Seconds of training: one thread, beside a second job. In Overcooked per token is per "
-               "word, as each word of its actions is one token.\n")
+    out.append("Seconds of training: one thread, beside a second job. In Overcooked each word of "
+               "an action is one token, so words are tokens.\n")
 
     household = [task for task in ("food-preparation", "entertainment") if pick(task, "word")]
     agents = [(task, norm) for task in household for norm in NORMS if pick(task, norm)]
