@@ -817,7 +817,7 @@ class Args:
 
 
 # Decisions in which pocket_lm and SmolLM2 learn each task, found on seeds of no reported run.
-TASK_STEPS = {"tomato-salad": (7_680, 3_072), "tomato-lettuce-salad": (12_800, 12_800),
+TASK_STEPS = {"tomato-salad": (7_680, 3_072), "tomato-lettuce-salad": (12_800, 10_240),
               "food-preparation": (5_120, 2_560), "entertainment": (12_800, 51_200)}
 
 

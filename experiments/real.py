@@ -31,8 +31,8 @@ from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TAS
 
 SEEDS = [31, 32, 33]  # nothing was chosen by looking at them
 RATES = [1e-3, 4e-3, 8e-3]  # and the default, 2e-3, which R1 has
-COST = {"tomato-salad": 250, "tomato-lettuce-salad": 2_500, "food-preparation": 180,
-        "entertainment": 2_500}  # seconds of a job on one core, for the time that is left
+COST = {"tomato-salad": 240, "tomato-lettuce-salad": 2_000, "food-preparation": 200,
+        "entertainment": 900}  # seconds of a job on one core, for the time that is left
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"  # where get_smollm2.py puts it
 MODEL = str(FOLDER) if FOLDER.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct"
 
