@@ -457,7 +457,7 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
     args = Args("overcooked" if env_class is OvercookedText else "virtualhome", task)
     for model, place in (("pocket_lm", 0), ("another", 1)):  # the task's own number
         assert Args(args.env, task, model=model).steps == twosome.TASK_STEPS.get(
-            task, (5_120, 2_560))[place]
+            task, (5_120, 3_840))[place]
     episode = twosome.make_episode(args)
     outcome = [episode.act(list(episode.info["actions"]).index(action)) for action in PLANS[task]]
     reward, discount, done, _ = (torch.tensor(x, dtype=torch.float32)[:, None]
