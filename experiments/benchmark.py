@@ -9,8 +9,8 @@ Both ways run in turns, each time from the same weights and seed, and with nothi
 
 iteration       the reference's own: 4 environments x 32 decisions, then one pass of the critic and
                 one of the policy over these 128 decisions. Both ways are measured whole.
-default update  twosome.py's own: n_envs x rollout_steps decisions (512), epochs passes (4; of LMs
-                other than pocket_lm 2), all of them (no KL stop), and the first update, when
+default update  twosome.py's own: n_envs x rollout_steps decisions (512; LMs other than pocket_lm
+                256), epochs passes (4; others 2), all of them (no KL stop), and the first one, when
                 nothing is remembered yet; without the episodes that only a row of the log needs.
                 Ours is measured whole. The plain way is not run but multiplied out, from each of
                 its iterations above: decisions x (rollout / 128 + epochs x (value update + policy
