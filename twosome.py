@@ -786,7 +786,7 @@ class Args:
                             "paper: 5e-7 and 1e-6, for 7B in float16")
     standardize: bool | None = knob(None, "the critic's inputs (not pocket_lm's); paper: not")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
-    epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1, a waste")
+    epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
     max_prompts: int | None = knob(None, "states in a pass (memory): 4, of larger LMs 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
@@ -816,7 +816,7 @@ class Args:
             raise ValueError("no number may be negative, --gamma and --gae-lambda are at most 1")
 
 
-# Decisions in which pocket_lm and SmolLM2 learn each task, found on seeds of no reported run.
+# Decisions in which pocket_lm and SmolLM2 learn each task; no seed of reproduce.py had a say.
 TASK_STEPS = {"tomato-salad": (7_680, 3_072), "tomato-lettuce-salad": (12_800, 10_240),
               "food-preparation": (5_120, 3_840), "entertainment": (12_800, 51_200)}
 
