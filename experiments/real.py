@@ -314,7 +314,7 @@ def report(folder: Path, plan: list[dict]):
                    {"untrained": outcome(pick(task, "untrained-word"), "success")}
                    for task in HOUSEHOLD}, folder / "r2_unseen.png", "success", line=0.8)
     plot.bars({f"{task}, {rate}": {
-        "perplexity, %": perplexity_change(pick(task, label)),
+        "perplexity, % (30 at most)": [min(x, 30) for x in perplexity_change(pick(task, label))],
         "BLiMP, points": points(pick(task, label)),
         "return x 10": [10 * x for x in outcome(pick(task, label), "return")]}
         for task in ("tomato-salad", "food-preparation") for label, rate in labels.items()
