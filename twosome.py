@@ -457,7 +457,7 @@ def decode_above(model, encoded, ids, sees, of_states):
         if key not in memory:  # blocks[n:] do not compute, they hand on what was put in
             with blocks[n - 1].register_forward_hook(lambda *x: memory.update({key: x[2]})):
                 decode(model, *as_tree([state])[:2], blocks[n:], lambda *_, **__: memory[key])
-        a_tuple = isinstance(memory[key], tuple)  # of (1, L, H) and more; else only that
+        a_tuple = isinstance(memory[key], tuple)  # some return more than (1, L, H), which is first
         below[own] = memory[key][0][0] if a_tuple else memory[key][0]
     result = (below[None],) if a_tuple else below[None]
     return decode(model, ids, sees, blocks[:n], lambda *_, **__: result)
@@ -481,7 +481,7 @@ def packed_log_probs(model, encoded) -> list[torch.Tensor]:
 
 
 class InFloat32(TorchFunctionMode):
-    """Within it torch computes in float32: each function's arguments and result widened."""
+    """Within it torch computes in float32: arguments and results of functions are widened."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         widen = lambda x: x.float() if getattr(x, "dtype", None) == torch.bfloat16 else x
         kwargs = {name: widen(x) for name, x in (kwargs or {}).items()}
