@@ -435,14 +435,21 @@ def test_update_stops_when_the_policy_has_moved_far(monkeypatch):
 
 def test_nothing_earned_is_no_reason_to_move():
     """Otherwise the critic's errors would pass for advantages, also those of a thousandth that
-    remain after one chance success, and wear down the prior that is to lead to a reward."""
+    remain after one chance success, and wear down the prior that is to lead to a reward; or an LLM
+    would be asked anew in each of the many rollouts before a first success."""
     agent, args = an_agent(), Args("virtualhome", "entertainment", n_envs=2, rollout_steps=6)
-    rollout = a_rollout(agent, args)
-    assert (rollout.advantage == 0).all() and (rollout.returns == 0).all()
-    assert not moved(agent, twosome.update_policy, rollout, args, random.Random(0))
-    for earned in (1, 0):  # without a critic: then Adam moves on, which is no idle update
-        rollout.advantage = torch.randn(len(rollout.states)) * earned
-        assert twosome.update_policy(agent, rollout, args, random.Random(0))
+    asked, ask, earned = [], twosome.score, iter([0.0] * 51 + [1.0])
+    act = lambda *_: (next(earned), 0.5, False, False)
+    with patch.object(Episode, "act", act), patch.object(
+            twosome, "score", lambda model, states: asked.extend(map(str, states))
+            or ask(model, states)):
+        rollout = a_rollout(agent, args)
+    assert rollout.played == 52 and len(asked) == len(set(asked))
+    other, rewarded = rollout.returns.view(6, 2).T  # the latest six decisions of each
+    assert not other.any() and torch.allclose(rewarded, 0.475 ** torch.arange(5.0, -1, -1))
+    with patch.object(Episode, "act", lambda *_: (0.0, 0.5, False, False)):
+        rollout = a_rollout(agent, args)
+    assert rollout.played == 12_000 and not rollout.returns.any()
     rollout.advantage = torch.randn(len(rollout.states)) * 0.001
     small, full = (torch.cat([g.flatten() for g in gradients(agent, rollout, advantage_eps=eps)])
                    for eps in (1.0, 1e-8))
@@ -471,13 +478,15 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
 
 
 @pytest.mark.parametrize("bootstrap, future", [(True, 1.0), (False, 0.0)])
-def test_time_limit(bootstrap, future):
+def test_time_limit(bootstrap, future, monkeypatch):
     """Otherwise the critic would learn that states lose their worth when the clock, which is no
     part of the prompt, runs out; or an episode would flow back into the one before it."""
     agent = an_agent()  # it always takes the first action: it walks from room to room
     agent.remembered_log_policy = lambda states: [
         torch.tensor([0.0] + [-torch.inf] * (len(actions) - 1)) for _, actions in states]
     torch.nn.init.zeros_(agent.critic[-1].weight), torch.nn.init.ones_(agent.critic[-1].bias)
+    act = Episode.act  # it earns next to nothing; for nothing at all a rollout would play on
+    monkeypatch.setattr(Episode, "act", lambda *x: (1e-9, *act(*x)[1:]))
     rollout = a_rollout(agent, Args("virtualhome", "entertainment", n_envs=1, rollout_steps=51,
                                     bootstrap_time_limit=bootstrap))
     delta = 0.95 * future - 1
@@ -492,7 +501,7 @@ def test_rates_fall_to_zero(monkeypatch):
     agent = SimpleNamespace(optimizers={name: SimpleNamespace(param_groups=[{}])
                                         for name in ("policy", "value")})
     agent.learn = lambda *_: [x.param_groups[0]["lr"] for x in agent.optimizers.values()]
-    monkeypatch.setattr(twosome, "collect", lambda *_: None)
+    monkeypatch.setattr(twosome, "collect", lambda *_: SimpleNamespace(advantage=torch.ones(2)))
     args = SimpleNamespace(policy_lr=4.0, value_lr=8.0)
     rates = [rate for done in (0, 3) for _, rate in twosome.practise(agent, [], args, 0, 4, done)]
     assert rates == [[4, 8], [3, 6], [2, 4], [1, 2], [1, 2]]
@@ -795,24 +804,22 @@ def test_resumed_run_equals_uninterrupted_run(finished, capsys, function, call, 
     assert same_run("run", finished)
 
 
-def test_resumed_while_nothing_was_earned():
-    """Otherwise an LLM would be asked anew in each of the many rollouts before a first success; or
-    a resumed run, which asks in other company, would differ in the last digit."""
-    count, asked, ask = itertools.count(1), [], twosome.score
-    plays = lambda *x: (next(count) == 3 and ctrl_c(), collect(*x))[1]
-    collect, run = twosome.collect, ["--env", "virtualhome", "--task", "entertainment", *TINY_RUN]
-    with patch.object(twosome, "collect", plays), pytest.raises(SystemExit):
-        twosome.main([*run, "--out", "run"])
-    twosome.main(["--resume", "run"])
-    with patch.object(twosome, "score", lambda model, states: asked.extend(
-            map(str, states)) or ask(model, states)):
-        twosome.main([*run, "--out", "whole"])
-    assert same_run("run", "whole") and len(metrics("run")) == 4
-    assert {row["policy_loss"] for row in metrics("run")} == {""}
-    first, second = (checkpoint(run)["policies"] for run in ("run", "whole"))
-    assert first.keys() == second.keys() and all(torch.equal(first[x], second[x]) for x in first)
-    assert len(asked) - len(set(asked)) <= 50  # of the episode shown at the end, adapter off
-    assert load("run")[1].policy_memory == {}  # --evaluate with another --norm asks anew
+class Unlucky(Episode):
+    """Nothing is ever earned."""
+    def act(self, chosen):
+        return 0.0, *super().act(chosen)[1:]
+
+
+def test_nothing_is_ever_earned(capsys):
+    """Otherwise a hopeless run would never end, or leave a folder that cannot be evaluated."""
+    twosome.main(["--env", "virtualhome", *TINY_RUN, "--rollout-steps", "2", "--out", "run"],
+                 plays=Unlucky)
+    assert "nothing was earned in 8,000 decisions: stopped" in capsys.readouterr().out
+    (row,) = metrics("run")
+    assert row["env_steps"] == "8000" and row["policy_loss"] == row["value_loss"] == ""
+    assert json.loads(Path("run/summary.json").read_text())["env_steps"] == 8000
+    assert all((p == 0).all() for name, p in checkpoint("run")["weights"].items() if "_B" in name)
+    twosome.main(["--evaluate", "run"], plays=Unlucky)
 
 
 def attempt(operation=None, seconds=None) -> int:

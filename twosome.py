@@ -15,6 +15,7 @@ they use only the knobs, `args` (values and reasons: section 8); where they end,
 
 import os
 import random
+from collections import deque
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits must not hold a core
@@ -186,9 +187,8 @@ class Agent(nn.Module):
         return self.critic(self.features(prompts)).squeeze(-1)
 
     def learn(self, rollout, args, rng) -> dict:
-        moved = update_policy(self, rollout, args, rng)
-        self.policy_memory = {} if moved else self.policy_memory
-        return moved | update_value(self, rollout, args, rng)
+        self.policy_memory = {}
+        return update_policy(self, rollout, args, rng) | update_value(self, rollout, args, rng)
 
 
 # === 4. PPO: play with the present policy, judge each decision by what followed, move a little. ===
@@ -245,9 +245,12 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     """Play T = `rollout_steps` decisions in each of N environments and judge them. An unfinished
-    episode goes on in the next rollout; the critic's value stands for the rest of it."""
-    decisions = []
-    for _ in range(args.rollout_steps):
+    episode goes on in the next rollout; the critic's value stands for the rest of it. Without any
+    reward a rollout would teach the critic's errors: then play on until the last T earned one."""
+    size, played = args.rollout_steps * len(playing), 0
+    decisions = deque(maxlen=size)  # the latest T * N
+    while played < size or (played < 1000 * size and not any(d["reward"] for d in decisions)):
+        played += len(playing)
         states = [episode.state() for episode in playing]
         policies = agent.remembered_log_policy(states)
         for episode, state, policy in zip(playing, states, policies):
@@ -271,7 +274,7 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     return SimpleNamespace(
         states=[d["state"] for d in decisions], chosen=flat("chosen").long(),
         log_prob=flat("log_prob"),  # chosen: place among the offered; log_prob: when it was chosen
-        value=value, advantage=advantage, returns=advantage + value)  # R, the critic's target
+        value=value, advantage=advantage, returns=advantage + value, played=played)
 
 
 def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_coef):
@@ -312,9 +315,6 @@ def minibatches(n: int, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # Until something was earned, V and all gradients are 0: the LM is not asked, only Adam counts.
-    idle = args.ent_coef == 0 and not rollout.advantage.any() and not any(
-        x["exp_avg"].any() for x in agent.optimizers["policy"].state.values())
     # Divided by their deviation alone, a critic's tiny errors would weigh like a success: add 1.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
@@ -327,7 +327,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         for p in weights:
             p.grad = torch.zeros_like(p)
         sums = torch.zeros(4)
-        for states in in_parts([] if idle else sorted(decisions), agent.max_prompts):
+        for states in in_parts(sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
             # Each of n decisions: its place in the rollout (index), its state's among the B (row).
             index = [i for state in states for i in decisions[state]]
@@ -345,7 +345,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
         agent.optimizers["policy"].step()
     names = "policy_loss", "entropy", "approx_kl", "clip_fraction"
-    return {} if idle else dict(zip(names, torch.stack(log).mean(0).tolist()))
+    return dict(zip(names, torch.stack(log).mean(0).tolist()))
 
 
 def update_value(agent: Agent, rollout, args, rng) -> dict:
@@ -374,7 +374,7 @@ def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, fi
         for name, optimizer in agent.optimizers.items():
             optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * (1 - update / n_updates)
         rollout = collect(agent, playing, args, rng)
-        yield rollout, agent.learn(rollout, args, rng)
+        yield rollout, agent.learn(rollout, args, rng) if rollout.advantage.any() else {}
 
 
 # === Here the algorithm ends. Everything below is efficiency and comfort. =========================
@@ -529,8 +529,7 @@ def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
     return reduce(sums.to(weights[0].device), "sum").cpu()
 
 
-score = lambda model, encoded: (
-    packed_log_probs if may_pack(model, encoded) else plain_log_probs)(model, encoded)
+score = lambda model, x: (packed_log_probs if may_pack(model, x) else plain_log_probs)(model, x)
 in_parts = lambda states, size, all_parts=in_parts: all_parts(states, size)[
     PartialState().process_index::PartialState().num_processes]
 from_all = lambda new: {state: x for some in gather_object([new]) for state, x in some.items()}
@@ -657,8 +656,7 @@ def save(path: Path, content: str | dict):
 def load_checkpoint(run: Path, agent: Agent) -> dict:
     """Put weights and optimisers back as `train` saved them; return the rest."""
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)  # runs no code
-    weights = trained_parameters(agent)
-    if saved["weights"].keys() != weights.keys():
+    if saved["weights"].keys() != trained_parameters(agent).keys():
         raise ValueError(f"{run} belongs to another model, or to experiments/baselines.py")
     agent.load_state_dict(saved["weights"], strict=False)
     for name, optimizer in agent.optimizers.items():
@@ -674,21 +672,20 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     torch's seed makes LoRA and critic, `rng` draws actions and minibatches, evaluation has its own.
     How a number is rounded depends on what goes through the LM with it: so new states are sorted,
     and prompts of the critic go one by one. The checkpoint after each update holds the rest:
-    weights, both Adams, remembered policies, `rng`, log, and the games (nothing random)."""
+    weights, both Adams, `rng`, log, and the games (nothing in them is random)."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
     rng, rows = random.Random(args.seed), []
     steps_per_update = len(playing) * args.rollout_steps
     n_updates = max(1, args.steps // steps_per_update) if args.steps else 0
-    table = lambda: "\n".join(",".join(map(str, line)) for line in [METRICS, *(
-        row.values() for row in rows)]) + "\n"
+    text = lambda: "".join(",".join(map(str, x)) + "\n" for x in [METRICS, *map(dict.values, rows)])
     if (run / "checkpoint.pt").exists():
         saved = load_checkpoint(run, agent)
         if len(saved["playing"]) != len(playing):
             raise ValueError(f"{run}: resume it with as many processes as it was begun with")
-        rows, before, agent.policy_memory = saved["rows"], saved["before"], saved["policies"]
-        write(run / "metrics.csv", table())  # the checkpoint's log is the true one
+        rows, before = saved["rows"], saved["before"]
+        write(run / "metrics.csv", text())  # the checkpoint's log is the true one
         rng.setstate(saved["rng"])
         for episode, state in zip(playing, saved["playing"]):
             episode.obs, episode.info = episode.env.set_state(state)
@@ -702,6 +699,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
           f"which {trained(agent.model):,} of the actor and {trained(agent.critic):,} of the "
           f"critic are trained\nbefore training: {describe(before)}")
     seconds = float(rows[-1]["seconds"]) if rows else 0.0
+    env_steps = int(rows[-1]["env_steps"]) if rows else 0
     bar = tqdm(total=n_updates * steps_per_update, initial=len(rows) * steps_per_update,
                unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
     updates = practise(agent, playing, args, rng, n_updates, len(rows))
@@ -711,24 +709,28 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             # How good is the policy that plays now? New episodes tell. Those that end within a
             # rollout would not: the short, successful ones end first.
             played = evaluate(agent, args, EPISODES_PER_ROW, f"row {update}", plays)
-            _, log = next(updates)
+            rollout, learned = next(updates)
+            env_steps += rollout.played
             seconds += time.perf_counter() - started
-            log = dict.fromkeys(METRICS, "") | log | {
+            log = dict.fromkeys(METRICS, "") | learned | {
                 name: played[name] for name in ("success", "return", "length")} | {
-                "update": update, "env_steps": update * steps_per_update, "seconds": seconds}
+                "update": update, "env_steps": env_steps, "seconds": seconds}
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
                 raise ValueError(f"update {update}: a number is not finite; try lower rates;")
             rows.append({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in log.items()})
-            write(run / "metrics.csv", table())
+            write(run / "metrics.csv", text())
             write(run / "checkpoint.pt", {
-                "weights": trained_parameters(agent), "policies": agent.policy_memory, "rows": rows,
-                "before": before, "scale": agent.scale,
+                "weights": trained_parameters(agent), "rows": rows, "before": before,
+                "scale": agent.scale,
                 "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
                 "rng": rng.getstate(), "playing": [episode.env.get_state() for episode in playing]})
             bar.set_postfix_str(", ".join(f"{name} {log[name]:.3f}" for name in (
                 "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
             bar.update(steps_per_update)
+            if not learned:
+                bar.write(f"nothing was earned in {rollout.played:,} decisions: stopped")
+                break
     except (Exception, KeyboardInterrupt) as error:  # a full disk, Ctrl-C, ...
         error.add_note(f"stopped after {len(rows)} of {n_updates} updates; go on with "
                        f"python {sys.argv[0]} --resume {run}")
@@ -739,8 +741,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     if n_updates and team.is_main_process and hasattr(agent.model, "save_pretrained"):
         agent.model.save_pretrained(run / "adapter")  # for peft, and whoever loads its adapters
     write(run / "summary.json", json.dumps(asdict(args) | {
-        "env_steps": len(rows) * steps_per_update, "seconds": seconds, "before": before,
-        "after": after}, indent=2))
+        "env_steps": env_steps, "seconds": seconds, "before": before, "after": after}, indent=2))
     if after is None:
         return
     watch = (f"\n  python experiments/watch.py {run}   # see it decide, step by step"
@@ -748,7 +749,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     print("after training: ", describe(after))
     show_episode(agent, args, plays)
     print(f"""
-What was learned, in {seconds:.0f} s and {n_updates * steps_per_update:,} decisions:
+What was learned, in {seconds:.0f} s and {env_steps:,} decisions:
   success  {before['success']:.3f} -> {after['success']:.3f}   (best: 1)
   return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: {best:.3f})
 The run is in {run}: {", ".join(sorted(path.name for path in run.glob("*")))}.
@@ -790,8 +791,7 @@ class Args:
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
     max_prompts: int | None = knob(None, "states in a pass (memory): 4, of larger LMs 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float = knob(0.0, "weight of the entropy bonus; paper: 0.01; until something is "
-                           "earned it would be the only force, away from what the LM knows")
+    ent_coef: float = knob(0.0, "entropy bonus, a pull away from what the LM knows; paper: 0.01")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -818,7 +818,7 @@ class Args:
 
 # Decisions in which pocket_lm and SmolLM2 learn each task; no seed of reproduce.py had a say.
 TASK_STEPS = {"tomato-salad": (7_680, 3_072), "tomato-lettuce-salad": (12_800, 10_240),
-              "food-preparation": (5_120, 3_840), "entertainment": (12_800, 51_200)}
+              "food-preparation": (5_120, 3_840), "entertainment": (12_800, 10_240)}
 
 
 def command(argv, own, make_agent, plays):

@@ -161,6 +161,13 @@ def make_agent(options) -> twosome.Agent:
     return agent
 
 
+class Costly(twosome.Episode):
+    """In the household, too, each decision costs: without any reward a rollout would play on."""
+    def act(self, chosen):
+        reward, *rest = super().act(chosen)
+        return reward - 0.001, *rest
+
+
 def iteration(way: str, agent, args):
     """A rollout and what is learned from it, as on the first day: seconds of its parts, rollout."""
     for name, parameter in twosome.trained_parameters(agent).items():
@@ -172,10 +179,9 @@ def iteration(way: str, agent, args):
     agent.policy_memory, agent.features_memory = {}, {}
     vars(agent.model).pop("below_lora", None)
     encode.cache_clear()
-    playing = [twosome.make_episode(args) for _ in range(args.n_envs)]
+    playing = [twosome.make_episode(args, Costly) for _ in range(args.n_envs)]
     rng, player = random.Random(args.seed), PlainAgent(agent) if way == "plain" else agent
     a, rollout = timed(twosome.collect, player, playing, args, rng)
-    rollout.advantage[0] += 1.0  # where nothing was earned, ours would skip the policy's update
     b, c = (timed(update, player, rollout, args, rng)[0] for update in UPDATES[way])
     return {"iteration, s": a + b + c, "rollout, s": a, "value update, s": b,
             "policy update, s": c}, rollout
