@@ -85,9 +85,10 @@ def language(model, tokenizer) -> tuple[float, float]:
 @torch.no_grad()
 def real_language(model, tokenizer, wikitext: Path, blimp: Path) -> tuple[float, float]:
     """(perplexity on WikiText-2, accuracy on BLiMP by the log-probability of whole sentences)."""
-    ids = torch.tensor(tokenizer(wikitext.read_text(encoding="utf-8"))["input_ids"][:40 * 512])
-    losses = [model(input_ids=window[None], labels=window[None]).loss.item()
-              for window in ids.split(512)]
+    ids = tokenizer(wikitext.read_text(encoding="utf-8"))["input_ids"][:40 * 512]
+    windows = [ids[i:i + 512] for i in range(0, len(ids), 512)]  # the first token is given
+    losses = [-twosome.score(model, [(window[:1], [window[1:]])])[0].item() / (len(window) - 1)
+              for window in windows]
     pairs = [json.loads(line) for text in read_blimp(blimp) for line in text.splitlines()[:20]]
     begin, right = tokenizer.bos_token_id, 0
     encode = lambda sentence: tokenizer(sentence, add_special_tokens=False)["input_ids"]
