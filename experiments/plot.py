@@ -64,9 +64,10 @@ def smooth(curve: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def band(axis, label: str, curves: list[list[dict]], metric: str, style):
-    """Mean over seeds, and a band from the lowest to the highest."""
+    """Mean over seeds, and a band from the lowest to the highest. A seed whose first reward comes
+    late is untrained until then; one that ends early stays as it is."""
     smoothed = [smooth(curve, metric) for curve in curves]
-    first, last = max(x[0] for x, _ in smoothed), min(x[-1] for x, _ in smoothed)
+    first, last = min(x[0] for x, _ in smoothed), max(x[-1] for x, _ in smoothed)
     steps = np.linspace(first, last, 200)
     lines = np.array([np.interp(steps, x, y) for x, y in smoothed])
     color, dashes = style
