@@ -444,12 +444,12 @@ def test_nothing_earned_is_no_reason_to_move():
             twosome, "score", lambda model, states: asked.extend(map(str, states))
             or ask(model, states)):
         rollout = a_rollout(agent, args)
-    assert rollout.played == 52 and len(asked) == len(set(asked))
+    assert rollout.env_steps == 52 and len(asked) == len(set(asked))
     other, rewarded = rollout.returns.view(6, 2).T  # the latest six decisions of each
     assert not other.any() and torch.allclose(rewarded, 0.475 ** torch.arange(5.0, -1, -1))
     with patch.object(Episode, "act", lambda *_: (0.0, 0.5, False, False)):
         rollout = a_rollout(agent, args)
-    assert rollout.played == 12_000 and not rollout.returns.any()
+    assert rollout.env_steps == 12_000 and not rollout.returns.any()
     rollout.advantage = torch.randn(len(rollout.states)) * 0.001
     small, full = (torch.cat([g.flatten() for g in gradients(agent, rollout, advantage_eps=eps)])
                    for eps in (1.0, 1e-8))

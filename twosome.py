@@ -246,11 +246,11 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     """Play T = `rollout_steps` decisions in each of N environments and judge them. An unfinished
     episode goes on in the next rollout; the critic's value stands for the rest of it. Without any
-    reward a rollout would teach the critic's errors: then play on until the last T earned one."""
-    size, played = args.rollout_steps * len(playing), 0
+    reward it teaches the critic's errors, so it plays on until the last T earned one or 1000 T."""
+    size, env_steps = args.rollout_steps * len(playing), 0
     decisions = deque(maxlen=size)  # the latest T * N
-    while played < size or (played < 1000 * size and not any(d["reward"] for d in decisions)):
-        played += len(playing)
+    while env_steps < size or (env_steps < 1000 * size and not any(d["reward"] for d in decisions)):
+        env_steps += len(playing)
         states = [episode.state() for episode in playing]
         policies = agent.remembered_log_policy(states)
         for episode, state, policy in zip(playing, states, policies):
@@ -274,7 +274,7 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     return SimpleNamespace(
         states=[d["state"] for d in decisions], chosen=flat("chosen").long(),
         log_prob=flat("log_prob"),  # chosen: place among the offered; log_prob: when it was chosen
-        value=value, advantage=advantage, returns=advantage + value, played=played)
+        value=value, advantage=advantage, returns=advantage + value, env_steps=env_steps)
 
 
 def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_coef):
@@ -369,7 +369,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
 
 
 def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, first: int = 0):
-    """The loop: play, judge, learn, again, at rates that fall to 0. Yields each rollout and log."""
+    """Play, judge, learn, again, at rates falling to 0. Yields rollouts and logs ({}: in vain)."""
     for update in range(first, n_updates):
         for name, optimizer in agent.optimizers.items():
             optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * (1 - update / n_updates)
@@ -710,7 +710,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             # rollout would not: the short, successful ones end first.
             played = evaluate(agent, args, EPISODES_PER_ROW, f"row {update}", plays)
             rollout, learned = next(updates)
-            env_steps += rollout.played
+            env_steps += rollout.env_steps
             seconds += time.perf_counter() - started
             log = dict.fromkeys(METRICS, "") | learned | {
                 name: played[name] for name in ("success", "return", "length")} | {
@@ -729,7 +729,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                 "success", "return", "entropy", "approx_kl") if log[name] != ""), refresh=False)
             bar.update(steps_per_update)
             if not learned:
-                bar.write(f"nothing was earned in {rollout.played:,} decisions: stopped")
+                bar.write(f"nothing was earned in {rollout.env_steps:,} decisions: stopped")
                 break
     except (Exception, KeyboardInterrupt) as error:  # a full disk, Ctrl-C, ...
         error.add_note(f"stopped after {len(rows)} of {n_updates} updates; go on with "
