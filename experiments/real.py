@@ -230,7 +230,7 @@ def report(folder: Path, plan: list[dict]):
             [[f"{label} (of `full`)", len(r), never(r), spread(outcome(r, "success")),
               spread(outcome(r, "return"), 3), spread(numbers(r, "seconds"), 0)]
              for label in ("ppo", "random") if (r := pick(task, label, full))])]
-    out.append("Seconds of training: one thread, beside a second job. In Overcooked each word of "
+    out.append("Seconds of training: one thread, beside other jobs. In Overcooked each word of "
                "an action is one token, so words are tokens. PPO: rollouts of 256 decisions, as "
                "TWOSOME's here; `full`: 512, so that also its rows, of which three count, are "
                "further apart.\n")
