@@ -246,7 +246,7 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     """Play T = `rollout_steps` decisions in each of N environments and judge them. An unfinished
     episode goes on in the next rollout; the critic's value stands for the rest of it. Without any
-    reward it teaches the critic's errors, so it plays on until the last T earned one or 1000 T."""
+    reward advantages are but the critic's errors: play on, up to 1000 T, and take the last T."""
     size, env_steps = args.rollout_steps * len(playing), 0
     decisions = deque(maxlen=size)  # the latest T * N
     while env_steps < size or (env_steps < 1000 * size and not any(d["reward"] for d in decisions)):
@@ -358,7 +358,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
         value = agent.critic(features[batch]).squeeze(-1)
         clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
-        loss = args.vf_coef * 0.5 * error.mean()  # a factor matters only to the clipping
+        loss = args.vf_coef * 0.5 * error.mean()  # only max_grad_norm sees a factor
         agent.optimizers["value"].zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
@@ -369,7 +369,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
 
 
 def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, first: int = 0):
-    """Play, judge, learn, again, at rates falling to 0. Yields rollouts and logs ({}: in vain)."""
+    """Play, judge, learn, again, at rates falling to 0. Yields rollout and log ({}: no reward)."""
     for update in range(first, n_updates):
         for name, optimizer in agent.optimizers.items():
             optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * (1 - update / n_updates)
