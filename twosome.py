@@ -256,7 +256,7 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
         for episode, state, policy in zip(playing, states, policies):
             (chosen,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
             reward, discount, terminated, truncated = episode.act(chosen)
-            # Out of time is no end: no prompt shows it coming, so V of the next state stands in.
+            # Out of time is a cut and no end: no prompt shows it coming; V stands in for the rest.
             no_future = terminated or (truncated and not args.bootstrap_time_limit)
             decisions.append({
                 "state": state, "chosen": chosen, "log_prob": policy[chosen].item(),
@@ -717,7 +717,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                 "update": update, "env_steps": env_steps, "seconds": seconds}
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
-                raise ValueError(f"update {update}: a number is not finite; try lower rates;")
+                raise ValueError(f"update {update}: a number is not finite; if that comes again, "
+                                 "begin anew with lower rates;")
             rows.append({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in log.items()})
             write(run / "metrics.csv", text())
             write(run / "checkpoint.pt", {
@@ -777,7 +778,7 @@ class Args:
     device: str = knob("auto", "auto: cuda, mps or cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
                       "paper: float16 throughout", choices=["float32", "bfloat16"])
-    n_envs: int | None = knob(None, "environments, times the processes: 8, costly LMs 4; paper: 4")
+    n_envs: int | None = knob(None, "environments a process: pocket_lm 8, others 4; paper: 4")
     rollout_steps: int = knob(64, "decisions of each between updates: whole episodes; paper: 32")
     gamma: float | None = knob(None, "discount a step: 0.99, in VirtualHome 0.95; paper: the same")
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
@@ -785,11 +786,11 @@ class Args:
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
     policy_lr: float = knob(2e-3, "LoRA's learning rate, searched with 0.9M and 135M weights; "
                             "paper: 5e-7 and 1e-6, for 7B in float16")
-    standardize: bool | None = knob(None, "the critic's inputs (not pocket_lm's); paper: not")
+    standardize: bool | None = knob(None, "the critic's inputs, but not pocket_lm's; paper: no")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
-    epochs: int | None = knob(None, "passes over a rollout: 4, of costly LMs 2; paper: 1")
+    epochs: int | None = knob(None, "passes over a rollout: pocket_lm 4, others 2; paper: 1")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
-    max_prompts: int | None = knob(None, "states in a pass (memory): 4, of larger LMs 8; paper: 4")
+    max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float = knob(0.0, "entropy bonus, a pull away from what the LM knows; paper: 0.01")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")

@@ -3,7 +3,7 @@
     python experiments/benchmark.py                      # pocket_lm, all four tasks
     python experiments/benchmark.py --model llama-15m    # 15M parameters, vocabulary 32,000
     python experiments/benchmark.py --model llama-7b --device cuda --dtype bfloat16
-    python experiments/benchmark.py --model FOLDER --tasks entertainment --repeats 5
+    python experiments/benchmark.py --model FOLDER --repeats 1 --times-only   # a third of the time
 
 Both ways run in turns, each time from the same weights and seed, and with nothing remembered.
 
@@ -288,6 +288,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--times-only", action="store_true", help="without GFLOP and MiB")
     parser.add_argument("--out", help="default: experiments/results/benchmark-MODEL-DEVICE.json")
     parser.add_argument("--rollout-steps", type=int, default=32, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=tuple(UPDATES), help=argparse.SUPPRESS)
@@ -303,14 +304,16 @@ def main():
 
     out = Path(options.out or ROOT / "experiments" / "results" /
                f"benchmark-{Path(options.model).name}-{options.device}.json")
-    costs = {task: {way: cost_alone(way, task, options) for way in UPDATES}
-             for task in options.tasks}
+    compared = ["iteration, s", "default update, s"]
+    compared += [] if options.times_only else ["GFLOP", "MiB above the loaded model"]
+    costs = {task: {way: {} if options.times_only else cost_alone(way, task, options)
+                    for way in UPDATES} for task in options.tasks}
     agent, means = make_agent(options), {}
     results = {"options": vars(options), "machine": machine(options.device), "tasks": {},
                "geometric mean of plain/ours": means}
     for task, args in iterations.items():
         results["tasks"][task] = measure(agent, args, defaults[task], options.repeats, costs[task])
-        for name in ("iteration, s", "default update, s", "GFLOP", "MiB above the loaded model"):
+        for name in compared:
             means[name] = geometric_mean(median(t["plain"][name]) / median(t["ours"][name])
                                          for t in results["tasks"].values())
         out.write_text(json.dumps(results, indent=2) + "\n")  # a task that is done is kept
