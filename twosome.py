@@ -179,7 +179,7 @@ class Agent(nn.Module):
             self.features_memory[prompt] = hidden[0, -1].float().cpu()
         x = torch.stack([self.features_memory[p] for p in prompts])
         if self.scale is None:  # of the first rollout, for good; SmolLM2's differ by a tenth of |x|
-            self.scale = x.mean(0), (x - x.mean(0)).std()
+            self.scale = x.mean(0), (x - x.mean(0)).std() + 1e-8  # not 0 of one prompt
         return ((x - self.scale[0]) / self.scale[1]).to(self.model.device)
 
     def value(self, prompts: list[str]) -> torch.Tensor:
@@ -744,7 +744,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     write(run / "summary.json", json.dumps(asdict(args) | {
         "env_steps": env_steps, "seconds": seconds, "before": before, "after": after}, indent=2))
     if after is None:
-        return
+        return print(f"Nothing was trained. The run is in {run}.")
     watch = (f"\n  python experiments/watch.py {run}   # see it decide, step by step"
              if args.env in ("overcooked", "virtualhome") else "")  # it knows no other
     print("after training: ", describe(after))
@@ -804,7 +804,8 @@ class Args:
         tasks = ENVS[self.env].TASKS
         self.task = self.task or next(iter(tasks))
         if self.task not in tasks:
-            raise ValueError(f"--task {self.task}: {self.env} has the tasks {', '.join(tasks)}")
+            known = (f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
+            raise ValueError(f"--env {self.env} has no --task {self.task}; {'; '.join(known)}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
         for name, (of_pocket_lm, of_others) in {
                 "gamma": (gamma, gamma), "steps": TASK_STEPS.get(self.task, (5_120, 3_840)),

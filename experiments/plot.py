@@ -71,7 +71,8 @@ def band(axis, label: str, curves: list[list[dict]], metric: str, style):
     steps = np.linspace(first, last, 200)
     lines = np.array([np.interp(steps, x, y) for x, y in smoothed])
     color, dashes = style
-    axis.plot(steps, lines.mean(0), color=color, linestyle=dashes, label=label, linewidth=1.6)
+    axis.plot(steps, lines.mean(0), color=color, linestyle=dashes, label=label, linewidth=1.6,
+              marker="o" if first == last else None)
     if len(lines) > 1:
         axis.fill_between(steps, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
 

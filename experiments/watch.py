@@ -113,6 +113,8 @@ def main(argv=None):
         watch(agent, args, baselines.PLAYS[args.method], tokens, pace)
     except (ValueError, OSError) as error:
         raise SystemExit(f"watch.py: {error}") from None
+    except (KeyboardInterrupt, EOFError):  # as good as q
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
