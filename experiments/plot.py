@@ -71,8 +71,11 @@ def band(axis, label: str, curves: list[list[dict]], metric: str, style):
     steps = np.linspace(first, last, 200)
     lines = np.array([np.interp(steps, x, y) for x, y in smoothed])
     color, dashes = style
-    axis.plot(steps, lines.mean(0), color=color, linestyle=dashes, label=label, linewidth=1.6,
-              marker="o" if first == last else None)
+    style = {"color": color, "linestyle": dashes, "label": label, "linewidth": 1.6}
+    if first == last:  # a single row: nothing was ever earned, nothing learned
+        axis.axhline(lines.mean(), **style)
+        return
+    axis.plot(steps, lines.mean(0), **style)
     if len(lines) > 1:
         axis.fill_between(steps, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
 

@@ -309,8 +309,8 @@ def report(folder: Path, plan: list[dict]):
         ("PPO", lines(task, "ppo"))) if drawn} for task in tasks},
         folder / "r1_curves.png")
     if household:
-        plot.bars({task: {f"trained on {t}": numbers(pick(t, "word"), f"on_{task}")
-                          for t in household if t != task} |
+        plot.bars({task: {f"trained on {t}": numbers(pick(t, "word"), f"on_{task}") * (t != task)
+                          for t in household} |
                    {"untrained": outcome(pick(task, "untrained-word"), "success")}
                    for task in HOUSEHOLD}, folder / "r2_unseen.png", "success", line=0.8)
     plot.bars({f"{task}, {rate}": {

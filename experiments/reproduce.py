@@ -245,7 +245,7 @@ def read_csv(path: Path) -> list[dict]:
 def append_csv(path: Path, columns: list[str], rows: list[dict]):
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
