@@ -11,7 +11,8 @@ four. A real LLM: on the first 40 windows of 512 tokens of WikiText-2 (test, a t
 first 20 minimal pairs of each of the 67 files of BLiMP (Warstadt et al., 2020; .jsonl, in a folder
 or a zip), a right and a wrong sentence. The data are not in this repository:
 github.com/pytorch/examples (word_language_model/data/wikitext-2/test.txt, CC BY-SA) and
-github.com/alexwarstadt/blimp (data/*.jsonl, CC BY). lm-evaluation-harness says more (README).
+github.com/alexwarstadt/blimp (data/*.jsonl, CC BY). lm-evaluation-harness says more:
+it takes a run's adapter by --model_args pretrained=MODEL,peft=RUN/adapter.
 """
 
 import argparse
