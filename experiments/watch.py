@@ -37,13 +37,14 @@ def token_log_probs(agent: Agent, prompt: str, phrase: str) -> tuple[list[str], 
 
 def token_lines(agent: Agent, prompt: str, phrases):
     """For each action its tokens and what normalisation makes of their sum, before training (the
-    adapter off) and after."""
+    adapter off) and after; once, if nothing was trained."""
     for phrase in phrases:
         yield phrase
         with agent.model.disable_adapter():
             before = token_log_probs(agent, prompt, phrase)
-        for when, (tokens, own) in (("before", before),
-                                    ("after", token_log_probs(agent, prompt, phrase))):
+        after = token_log_probs(agent, prompt, phrase)
+        both = {"before": before, "after": after} if before != after else {"log P": after}
+        for when, (tokens, own) in both.items():
             total, n_words = sum(own), len(phrase.split())
             yield f"    {when + ':':8}" + " ".join(f"{t} {x:.2f}" for t, x in zip(tokens, own))
             yield (f"            sum {total:.2f};  / {len(own)} tokens = {total / len(own):.2f};  "
@@ -58,6 +59,8 @@ def watch(agent: Agent, args, plays, tokens: bool = False, pace: float | None = 
         prompt, phrases = Episode.state(episode)  # in words, also where a baseline sees numbers
         print(f"\n{f' decision {number} ':-^{width}}\n{episode.env.render()}\n")
         print(textwrap.fill(f"{prompt} ...", width))
+        if before is not None and torch.equal(before, after):
+            before = None  # an untrained agent
         policies = [after.exp()] if before is None else [before.exp(), after.exp()]
         size = (width - 44) // 2 - 6  # of a bar; the phrase has at least 38 columns
         names = ["probability"] if before is None else ["before training", "after training"]
