@@ -71,11 +71,11 @@ def band(axis, label: str, curves: list[list[dict]], metric: str, style):
     steps = np.linspace(first, last, 200)
     lines = np.array([np.interp(steps, x, y) for x, y in smoothed])
     color, dashes = style
-    style = {"color": color, "linestyle": dashes, "label": label, "linewidth": 1.6}
+    how = {"color": color, "linestyle": dashes, "label": label, "linewidth": 1.6}
     if first == last:  # a single row: nothing was ever earned, nothing learned
-        axis.axhline(lines.mean(), **style)
+        axis.axhline(lines.mean(), **how)
         return
-    axis.plot(steps, lines.mean(0), **style)
+    axis.plot(steps, lines.mean(0), **how)
     if len(lines) > 1:
         axis.fill_between(steps, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
 

@@ -291,9 +291,9 @@ def perplexity_change(rows: list[dict]) -> list[float]:  # in per cent
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """mean [lowest, highest]"""
-    return (f"{mean(values):,.{digits}f} [{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
-            if values else "-")
+    """mean [lowest, highest]; of one value, the value"""
+    texts = [f"{f(values):,.{digits}f}" for f in (mean, min, max)] if values else ["-"]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]" if len(values) > 1 else texts[0]
 
 
 def table(header: list[str], lines: list[list]) -> str:
