@@ -281,7 +281,7 @@ def test_frozen_lm_stays_what_it_was():
 
 def test_features_are_standardized_once():
     """Otherwise a critic would hardly see a real LLM's states, which differ by a tenth of their
-    length; or its inputs would shift with each rollout; or a lone prompt's value would be NaN."""
+    length; or its inputs would shift with each rollout."""
     prompts = [prompt for prompt, _ in STATES]
     plain, agent = (Agent(copy.deepcopy(pocket()[0]), pocket()[1], standardize=x)
                     for x in (False, True))
@@ -290,8 +290,6 @@ def test_features_are_standardized_once():
     assert y.std().item() == pytest.approx(1, abs=1e-4)
     assert torch.equal(agent.features(prompts[:2]), y[:2])  # by the first rollout's numbers
     assert equal(y * agent.scale[1] + agent.scale[0], x, 1e-4)
-    agent.scale = None  # watch.py shows an untrained agent one prompt at a time
-    assert (agent.value(prompts[:1]) == 0).all() and (agent.value(prompts[1:]) == 0).all()
 
 
 def test_policies_are_remembered_until_the_policy_moves(monkeypatch):
@@ -905,7 +903,8 @@ def test_mistakes_get_one_line(capsys, monkeypatch, argv, hint):
 def test_mistakes_in_python(capsys, monkeypatch):
     """Otherwise who calls main() from a notebook would get something else than at the command line;
     or a programmer who asks for it, by -X dev, would not see where an error comes from."""
-    assert fails(capsys, "--task", "soup").startswith("twosome.py: --env overcooked has no")
+    line = fails(capsys, "--task", "soup")
+    assert line.startswith("twosome.py: --env overcooked has no --task soup; overcooked has")
     broken = functools.partial(twosome.main, make_agent=lambda args: {}["no"])
     assert "KeyError 'no'" in fails(capsys, main=broken)
     flags = SimpleNamespace(dev_mode=True)
@@ -1217,6 +1216,9 @@ def test_watch_shows_before_and_after(finished, capsys, monkeypatch):
     sums = [line for line in lines if " sum " in line][1:2 * len(phrases):2]  # those of "after"
     for line, log_prob, n in zip(sums, log_probs, n_tokens, strict=True):
         assert f"sum {log_prob:.2f};  / {n} tokens" in line
+    watch.main(["--model", str(ROOT / "pocket_lm"), "--pace", "0"])  # critic's inputs standardized
+    text = capsys.readouterr().out
+    assert "probability" in text and "after training" not in text and "value" not in text
 
 
 def test_reproduce_goes_on_where_it_stopped():

@@ -179,7 +179,7 @@ class Agent(nn.Module):
             self.features_memory[prompt] = hidden[0, -1].float().cpu()
         x = torch.stack([self.features_memory[p] for p in prompts])
         if self.scale is None:  # of the first rollout, for good; SmolLM2's differ by a tenth of |x|
-            self.scale = x.mean(0), (x - x.mean(0)).std() + 1e-8  # not 0 of one prompt
+            self.scale = x.mean(0), (x - x.mean(0)).std()
         return ((x - self.scale[0]) / self.scale[1]).to(self.model.device)
 
     def value(self, prompts: list[str]) -> torch.Tensor:

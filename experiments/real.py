@@ -255,7 +255,8 @@ def report(folder: Path, plan: list[dict]):
 
     changes = [x for x in (*PRINCIPLES, *WORDINGS) if x != "new-words"]
     short = [task for task in ("tomato-salad", "food-preparation") if task in tasks]
-    out += ["## R4 wording\n\nUntrained, per word, success:\n", table(
+    out += ["## R4 wording\n\nUntrained, per word, success (entertainment has none of the words "
+            "that other-words replaces):\n", table(
         ["prompt", *tasks],
         [[change or "as it is", *(spread(outcome(pick(
             task, f"untrained-{change or 'word'}"), "success"), 3) for task in tasks)]
@@ -270,7 +271,7 @@ def report(folder: Path, plan: list[dict]):
         ["task", "as it is", "other_words", "new_words"],
         [[task, spread(outcome(pick(task, "word"), "success")),
           *(spread(numbers(pick(task, "word"), x)) for x in ("other_words", "new_words"))]
-         for task in tasks if task != "tomato-lettuce-salad"])]
+         for task in short])]
 
     labels = {"rate-0.001": "1e-3", "word": "2e-3 (the default)", "rate-0.004": "4e-3",
               "rate-0.008": "8e-3"}
@@ -309,8 +310,8 @@ def report(folder: Path, plan: list[dict]):
         ("PPO", lines(task, "ppo"))) if drawn} for task in tasks},
         folder / "r1_curves.png")
     if household:
-        plot.bars({task: {f"trained on {t}": numbers(pick(t, "word"), f"on_{task}") * (t != task)
-                          for t in household} |
+        plot.bars({task: {f"trained on {t}": numbers(pick(t, "word") if t != task else [],
+                                                     f"on_{task}") for t in household} |
                    {"untrained": outcome(pick(task, "untrained-word"), "success")}
                    for task in HOUSEHOLD}, folder / "r2_unseen.png", "success", line=0.8)
     plot.bars({f"{task}, {rate}": {

@@ -35,16 +35,16 @@ def token_log_probs(agent: Agent, prompt: str, phrase: str) -> tuple[list[str], 
     return [agent.tokenizer.decode([i]).strip() or "_" for i in ids], own
 
 
-def token_lines(agent: Agent, prompt: str, phrases):
-    """For each action its tokens and what normalisation makes of their sum, before training (the
-    adapter off) and after; once, if nothing was trained."""
+def token_lines(agent: Agent, prompt: str, phrases, trained: bool):
+    """For each action its tokens and what normalisation makes of their sum: if the agent was
+    trained, before that (the adapter off) and after."""
     for phrase in phrases:
         yield phrase
-        with agent.model.disable_adapter():
-            before = token_log_probs(agent, prompt, phrase)
-        after = token_log_probs(agent, prompt, phrase)
-        both = {"before": before, "after": after} if before != after else {"log P": after}
-        for when, (tokens, own) in both.items():
+        passes = {"after" if trained else "log P": token_log_probs(agent, prompt, phrase)}
+        if trained:
+            with agent.model.disable_adapter():
+                passes = {"before": token_log_probs(agent, prompt, phrase)} | passes
+        for when, (tokens, own) in passes.items():
             total, n_words = sum(own), len(phrase.split())
             yield f"    {when + ':':8}" + " ".join(f"{t} {x:.2f}" for t, x in zip(tokens, own))
             yield (f"            sum {total:.2f};  / {len(own)} tokens = {total / len(own):.2f};  "
@@ -55,12 +55,13 @@ def watch(agent: Agent, args, plays, tokens: bool = False, pace: float | None = 
     """Play an episode in the terminal."""
     width = max(60, min(shutil.get_terminal_size((80, 24)).columns, 120))
     decisions = twosome.play(agent, args, plays)
+    # One of LoRA's two factors is 0 until the first update.
+    trained = any("lora_B" in name and p.any() for name, p in agent.named_parameters())
     for number, (episode, before, after, action) in enumerate(decisions, start=1):
         prompt, phrases = Episode.state(episode)  # in words, also where a baseline sees numbers
         print(f"\n{f' decision {number} ':-^{width}}\n{episode.env.render()}\n")
         print(textwrap.fill(f"{prompt} ...", width))
-        if before is not None and torch.equal(before, after):
-            before = None  # an untrained agent
+        before = before if trained else None
         policies = [after.exp()] if before is None else [before.exp(), after.exp()]
         size = (width - 44) // 2 - 6  # of a bar; the phrase has at least 38 columns
         names = ["probability"] if before is None else ["before training", "after training"]
@@ -73,11 +74,11 @@ def watch(agent: Agent, args, plays, tokens: bool = False, pace: float | None = 
                                 subsequent_indent=" " * (len(bars) + 4)))
         if tokens:
             print("\nlog-probability of each token:")
-            for line in token_lines(agent, prompt, phrases):
+            for line in token_lines(agent, prompt, phrases, trained):
                 print(textwrap.fill(line, width, initial_indent="  ",
                                     subsequent_indent=" " * 14))
-        value = "" if args.method in ("saycan", "random") else (
-            f"value {agent.value([episode.state()[0]]).item():.3f}, ")
+        value = (f"value {agent.value([episode.state()[0]]).item():.3f}, "
+                 if trained or args.method == "ppo" else "")  # other critics know nothing yet
         print(f"\n{value}discounted return so far {episode.ret:.3f}, step {episode.length}")
         if pace is not None:
             time.sleep(pace)
