@@ -8,9 +8,8 @@ become likelier. The model itself stays frozen.
 
     python twosome.py --env overcooked        # half a minute on a CPU core; --help lists all flags
 
-Sections 1 to 4 are the whole algorithm: 1 prompts; 2 scoring; 3 the actor-critic; 4 PPO. From below
-they use only the knobs, `args` (values and reasons: section 8); where they end, you can stop.
-5 the same numbers, faster; 6 any LM; 7 a run; 8 the command line.
+Sections 1 to 4 (prompts, scoring, the actor-critic, PPO) are the whole algorithm, with the knobs
+`args` of section 8. 5: the same numbers, faster; 6: any LM; 7: a run; 8: the command line.
 """
 
 import os
@@ -95,11 +94,11 @@ def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[st
 def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     """Make actions of different length comparable; the policy is the softmax of the result.
 
-    A product of more factors is smaller. Dividing its log by n takes the n-th root: the probability
-    of an average token (Eq. 3) or word (Eq. 4). An example: each token's P, and who wins by which.
+    A product of more factors is smaller: undivided, short actions win for being short. Dividing its
+    log by n takes the n-th root: the probability of an average token (Eq. 3) or word (Eq. 4).
 
-        wait                  0.01                     by none: it is one factor only
-        chop the egg          0.1 0.8 0.1              by word: the best, though "the" helps it
+        wait                  0.01                     wins by none: it is one factor only
+        chop the egg          0.1 0.8 0.1              wins by word, helped by an easy "the"
         chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   by token: the sure pieces of a long word help
     >>> log_p = [torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()]
     >>> n_tokens, n_words = [torch.tensor([1, 3, 5])], [torch.tensor([1, 3, 3])]
@@ -129,18 +128,18 @@ class Agent(nn.Module):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
         # LoRA adds to a frozen matrix the product of two thin ones, at first 0. Paper: queries and
-        # values of all blocks; ours: all matrices of the last ten. (What is below never changes.)
+        # values of all blocks; ours: all matrices of the last ten (of the rest see section 5).
         blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
         last = {*blocks[-10:].modules()}
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
         self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba would read past LoRA
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
-            exclude_modules=skip)).eval()  # (out, 8) all 0 times (8, in) random; eval: no dropout
+            exclude_modules=skip)).eval()  # W + 16/8 (out, 8) all 0 (8, in) random; no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
         self.critic = nn.Sequential(nn.Linear(n_hidden, 1024), nn.ReLU(), nn.Linear(1024, 512),
                                     nn.ReLU(), nn.Linear(512, 1)).to(model.device)
         # V = 0 at first: a random critic's errors would look like good or bad actions to LoRA.
-        nn.init.zeros_(self.critic[-1].weight)
+        nn.init.zeros_(self.critic[-1].weight)  # (it learns all the same: its inputs are not 0)
         nn.init.zeros_(self.critic[-1].bias)
         adam = lambda x: torch.optim.Adam([p for p in x.parameters() if p.requires_grad], eps=1e-5)
         self.optimizers = {"policy": adam(self.model), "value": adam(self.critic)}
@@ -178,7 +177,7 @@ class Agent(nn.Module):
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             self.features_memory[prompt] = hidden[0, -1].float().cpu()
         x = torch.stack([self.features_memory[p] for p in prompts])
-        if self.scale is None:  # of the first rollout, for good; SmolLM2's differ by a tenth of |x|
+        if self.scale is None:  # by the first rollout, for good: SmolLM2's states are nearly alike
             self.scale = x.mean(0), (x - x.mean(0)).std()
         return ((x - self.scale[0]) / self.scale[1]).to(self.model.device)
 
@@ -284,15 +283,15 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
 
     Before an update's first step pi is pi_old and r is 1, up to rounding. Past 1 + eps (A > 0) or
-    1 - eps (A < 0) the gradient is 0; on the wrong side min keeps it. kl: how far pi has moved.
+    1 - eps (A < 0) the gradient is 0; a step the wrong way min does not clip. kl: how far pi is.
     From a state to its loss: "You hold the raw tomato. ... your next step is to" has five endings
     with these log P. The third, to put it on the board, has A = 0.5; a step later its pi is 0.45.
     >>> log_probs = [torch.tensor([-4.8626, -4.3751, -0.9627, -2.1809, -4.5880])]
     >>> (scores,) = normalize(log_probs, None, [torch.tensor([5, 4, 8, 4, 5])], "word")
     >>> F.softmax(scores, dim=-1)
     tensor([0.1466, 0.1299, 0.3438, 0.2248, 0.1549])
-    >>> r = torch.tensor([0.45]) / 0.3438  # 1.3089, beyond 1 + eps
-    >>> policy_loss(r.log(), torch.zeros(1), 0.5, torch.tensor([1.5]), 0.2, 0.0)[0]  # -1.2 * 0.5
+    >>> new, old = torch.tensor([0.45]).log(), torch.tensor([0.3438]).log()  # r = 1.31 > 1 + eps
+    >>> policy_loss(new, old, 0.5, entropy=0 * new, clip_coef=0.2, ent_coef=0.0)[0]  # -1.2 * 0.5
     tensor(-0.6000)
     """
     log_ratio = new_log_prob - old_log_prob
@@ -315,7 +314,7 @@ def minibatches(n: int, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # Divided by their deviation alone, a critic's tiny errors would weigh like a success: add 1.
+    # Divided by their deviation alone, a critic's tiny errors weigh like a success: add 1 (eps).
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
@@ -325,7 +324,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         for i in batch:
             decisions.setdefault(rollout.states[i], []).append(i)
         for p in weights:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p)  # not None: one of several processes may get no part
         sums = torch.zeros(4)
         for states in in_parts(sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
@@ -358,7 +357,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
         value = agent.critic(features[batch]).squeeze(-1)
         clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
-        loss = args.vf_coef * 0.5 * error.mean()  # only max_grad_norm sees a factor
+        loss = args.vf_coef * 0.5 * error.mean()  # Adam ignores a factor, clipping does not
         agent.optimizers["value"].zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
@@ -369,7 +368,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
 
 
 def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, first: int = 0):
-    """Play, judge, learn, again, at rates falling to 0. Yields rollout and log ({}: no reward)."""
+    """Play, judge, learn, again, at rates falling to 0. Yields rollout and log ({}: V, r all 0)."""
     for update in range(first, n_updates):
         for name, optimizer in agent.optimizers.items():
             optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * (1 - update / n_updates)
@@ -423,7 +422,7 @@ def as_tree(encoded):
                     own[column] = True
     sees = np.eye(len(columns), dtype=bool)  # a column comes after the one that it continues
     for column, (before, _) in enumerate(columns):
-        sees[column] |= sees[before] & (before >= 0)
+        sees[column] |= sees[before] & (before >= 0)  # -1: the first token, after none
     return [token for _, token in columns], sees, sources, targets, list(map(list, of_states))
 
 
@@ -444,18 +443,18 @@ def decode(model, ids, sees, blocks=(), instead=None):
 
 
 def decode_above(model, encoded, ids, sees, of_states):
-    """The same, but what the frozen blocks below LoRA make of a state is computed only once, for it
-    alone, and kept for good (0.1 MB a state of SmolLM2)."""
+    """The same, but what the frozen blocks below LoRA make of a state, alone, is computed once."""
     blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
     n = next((n for n, part in enumerate(blocks) if "lora_" in str(part)), 0)  # LoRA: blocks[n:]
     if n == 0:
         return decode(model, ids, sees)
-    memory = vars(model).setdefault("below_lora", {})
+    memory = vars(model).setdefault("below_lora", {})  # for good; 0.1 MB a state of SmolLM2
     below = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype, device=model.device)
     for state, own in zip(encoded, of_states):
         key = str(state)
-        if key not in memory:  # blocks[n:] do not compute, they hand on what was put in
-            with blocks[n - 1].register_forward_hook(lambda *x: memory.update({key: x[2]})):
+        if key not in memory:  # a hook keeps what block n-1 puts out; those above only hand it on
+            keep = lambda block, inputs, output: memory.update({key: output})
+            with blocks[n - 1].register_forward_hook(keep):
                 decode(model, *as_tree([state])[:2], blocks[n:], lambda *_, **__: memory[key])
         a_tuple = isinstance(memory[key], tuple)  # some return more than (1, L, H), which is first
         below[own] = memory[key][0][0] if a_tuple else memory[key][0]
@@ -489,7 +488,7 @@ class InFloat32(TorchFunctionMode):
 
 
 # Not every LM may be packed: sliding windows and ALiBi measure distance in columns, a state-space
-# model has no mask. So each is compared with the definition at first, and on longer trees or rows.
+# model has no mask. So each is compared with the definition, and again on longer trees or rows.
 @torch.no_grad()
 def may_pack(model, encoded) -> bool:
     """Does packing give the defined numbers for this model, on a tree as large as this?"""
@@ -672,7 +671,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     torch's seed makes LoRA and critic, `rng` draws actions and minibatches, evaluation has its own.
     How a number is rounded depends on what goes through the LM with it: so new states are sorted,
     and prompts of the critic go one by one. The checkpoint after each update holds the rest:
-    weights, both Adams, `rng`, log, and the games (nothing in them is random)."""
+    weights, both Adams, `rng`, log, scale, and the games (nothing in them is random)."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
@@ -779,7 +778,7 @@ class Args:
     dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
                       "paper: float16 throughout", choices=["float32", "bfloat16"])
     n_envs: int | None = knob(None, "environments a process: pocket_lm 8, others 4; paper: 4")
-    rollout_steps: int = knob(64, "decisions of each between updates: whole episodes; paper: 32")
+    rollout_steps: int = knob(64, "decisions of each between updates, often an episode; paper: 32")
     gamma: float | None = knob(None, "discount a step: 0.99, in VirtualHome 0.95; paper: the same")
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
@@ -792,7 +791,8 @@ class Args:
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float = knob(0.0, "entropy bonus, a pull away from what the LM knows; paper: 0.01")
+    ent_coef: float | None = knob(None, "entropy bonus, a pull away from what the LM knows: 0, in "
+                                  "tomato-lettuce-salad 0.01, but for pocket_lm; paper: 0.01")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -807,10 +807,11 @@ class Args:
             known = (f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
             raise ValueError(f"--env {self.env} has no --task {self.task}; {'; '.join(known)}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
+        ent_coef = 0.01 if self.task == "tomato-lettuce-salad" else 0.0  # lest it learns to wait
         for name, (of_pocket_lm, of_others) in {
                 "gamma": (gamma, gamma), "steps": TASK_STEPS.get(self.task, (5_120, 3_840)),
                 "n_envs": (8, 4), "epochs": (4, 2), "max_prompts": (4, 8),
-                "standardize": (False, True)}.items():
+                "standardize": (False, True), "ent_coef": (0.0, ent_coef)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, of_pocket_lm if self.model == "pocket_lm" else of_others)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]
@@ -855,8 +856,7 @@ def command(argv, own, make_agent, plays):
     if not evaluated:
         return train(args, agent, old if resumed else run, plays)
     load_checkpoint(old, agent)
-    result = evaluate(agent, args, EVALUATION_EPISODES, "another", plays)
-    print(f"{args.task}: {describe(result)}")
+    print(f"{args.task}:", describe(evaluate(agent, args, EVALUATION_EPISODES, "another", plays)))
     show_episode(agent, args, plays)
 
 
