@@ -134,7 +134,7 @@ class Agent(nn.Module):
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
         self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba would read past LoRA
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
-            exclude_modules=skip)).eval()  # W + 16/8 (out, 8) all 0 (8, in) random; no dropout
+            exclude_modules=skip)).eval()  # W + 16/8 * (out, 8) all 0 * (8, in) random; no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
         self.critic = nn.Sequential(nn.Linear(n_hidden, 1024), nn.ReLU(), nn.Linear(1024, 512),
                                     nn.ReLU(), nn.Linear(512, 1)).to(model.device)
@@ -283,7 +283,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
 
     Before an update's first step pi is pi_old and r is 1, up to rounding. Past 1 + eps (A > 0) or
-    1 - eps (A < 0) the gradient is 0; a step the wrong way min does not clip. kl: how far pi is.
+    1 - eps (A < 0) the gradient is 0; a wrong way is not clipped. kl: how far pi has moved.
     From a state to its loss: "You hold the raw tomato. ... your next step is to" has five endings
     with these log P. The third, to put it on the board, has A = 0.5; a step later its pi is 0.45.
     >>> log_probs = [torch.tensor([-4.8626, -4.3751, -0.9627, -2.1809, -4.5880])]
@@ -443,7 +443,7 @@ def decode(model, ids, sees, blocks=(), instead=None):
 
 
 def decode_above(model, encoded, ids, sees, of_states):
-    """The same, but what the frozen blocks below LoRA make of a state, alone, is computed once."""
+    """The same, but what the frozen blocks below LoRA make of a state is computed once, alone."""
     blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
     n = next((n for n, part in enumerate(blocks) if "lora_" in str(part)), 0)  # LoRA: blocks[n:]
     if n == 0:
