@@ -466,6 +466,7 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
         own = Args(args.env, task, model=model)
         assert own.steps == twosome.TASK_STEPS.get(task, (5_120, 3_840))[place]
         assert own.ent_coef == (0.01 if place and task == "tomato-lettuce-salad" else 0)
+        assert own.n_envs == (4 if place and task != "entertainment" else 8)
     episode = twosome.make_episode(args)
     outcome = [episode.act(list(episode.info["actions"]).index(action)) for action in PLANS[task]]
     reward, discount, done, _ = (torch.tensor(x, dtype=torch.float32)[:, None]
