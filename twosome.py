@@ -47,7 +47,7 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
 
     Both are tokenised as one text, as the LM has read it: most tokenizers put the space between
-    words into the next word's token. Character offsets tell where the prompt ends."""
+    words into the next token. Offsets tell where the prompt ends: "to chop" has (0, 2) (2, 7)."""
     prompt_ids, action_ids = None, []
     batch = tokenizer([f"{prompt} {action}" for action in actions], return_offsets_mapping=True)
     for action, ids, offsets in zip(actions, batch["input_ids"], batch["offset_mapping"]):
@@ -348,7 +348,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
 
 
 def update_value(agent: Agent, rollout, args, rng) -> dict:
-    """Move the critic towards the returns, but not far. (All processes do the whole of it.)
+    """Move the critic towards the returns, but not far: once V is eps nearer, the max is flat.
 
         L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) """
     losses, features = [], agent.features([prompt for prompt, _ in rollout.states])
@@ -520,8 +520,8 @@ def may_pack(model, encoded) -> bool:
     return same
 
 
-# Several processes (accelerate launch) play the same episodes with the same random numbers. They
-# divide the policy's passes through the LM. What follows takes the place of the plain ones above.
+# Several processes (accelerate launch) play the same episodes with the same random numbers, and all
+# train the critic. The policy's passes they divide: this takes the place of the plain ones above.
 def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
     for p in weights:
         p.grad = reduce(p.grad, "sum")
