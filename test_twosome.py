@@ -420,6 +420,23 @@ def test_gradient_is_the_policy_gradient():
         assert equal(got, expected, 1e-5) and got[0].abs().max() > 1e-3
 
 
+def test_kl_coef_pulls_towards_the_untrained_policy():
+    """Otherwise it would pull elsewhere, or weigh a state by other than the decisions taken in it."""
+    agent, states = an_agent(), [STATES[0], STATES[1], STATES[0]]
+    with torch.no_grad(), agent.model.disable_adapter():
+        untrained = agent.log_policy(states)
+    policies = agent.log_policy(states)
+    kl = sum(torch.nn.functional.kl_div(first, now, reduction="sum", log_target=True)
+             for first, now in zip(untrained, policies))
+    expected = torch.autograd.grad(0.5 * kl / 3, [
+        p for p in agent.model.parameters() if p.requires_grad])
+    chosen = torch.tensor([0, 1, 2])
+    rollout = SimpleNamespace(states=states, chosen=chosen, advantage=torch.zeros(3), log_prob=(
+        torch.stack([policy[i] for policy, i in zip(policies, chosen)]).detach()))
+    got = gradients(agent, rollout, kl_coef=0.5)
+    assert equal(got, expected, 1e-5) and got[0].abs().max() > 1e-3
+
+
 def test_update_stops_when_the_policy_has_moved_far(monkeypatch):
     """Otherwise one rollout could carry the policy to where its own data say nothing any more."""
     agent, steps, args = an_agent(), [], dataclasses.replace(SMALL, epochs=4)

@@ -202,7 +202,7 @@ class Episode:
 
     def start(self):
         self.obs, self.info = self.env.reset()
-        self.ret, self.length = 0.0, 0  # discounted return and primitive steps so far
+        self.ret, self.length, self.over = 0.0, 0, False  # discounted return, primitive steps
 
     def state(self) -> tuple[str, tuple[str, ...]]:
         """What the agent is shown: the prompt, and the phrases of the offered actions."""
@@ -217,6 +217,7 @@ class Episode:
         k = self.info["primitive_steps"]
         self.ret += self.gamma ** self.length * reward
         self.length += k
+        self.over = terminated or truncated
         return reward, self.gamma ** k, terminated, truncated
 
 
@@ -259,9 +260,9 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
             no_future = terminated or (truncated and not args.bootstrap_time_limit)
             decisions.append({
                 "state": state, "chosen": chosen, "log_prob": policy[chosen].item(),
-                "reward": reward, "discount": discount, "done": terminated or truncated,
+                "reward": reward, "discount": discount, "done": episode.over,
                 "no_future": no_future, "next": episode.state()[0]})
-            if terminated or truncated:
+            if episode.over:
                 episode.start()
 
     flat = lambda name: torch.tensor([d[name] for d in decisions], dtype=torch.float32)  # (T * N,)
@@ -336,6 +337,11 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
             entropy = torch.stack([-(p.exp() * p).sum() for p in policies])[row]  # (n,)
             loss, terms = policy_loss(new_log_prob, rollout.log_prob[index], advantages[index],
                                       entropy, args.clip_coef, args.ent_coef)
+            if args.kl_coef:  # + c_kl KL(pi, pi_0): a pull towards what the LM does untrained, pi_0
+                with torch.no_grad(), agent.model.disable_adapter():
+                    first = agent.log_policy(states)
+                pull = torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(policies, first)])
+                loss = loss + args.kl_coef * pull[row].sum()
             (loss / len(batch)).backward()  # the gradients of the parts add up
             sums += terms
         log.append(add_up(weights, sums) / len(batch))  # also adds up all processes' p.grad
@@ -595,14 +601,11 @@ def evaluate(agent: Agent, args, n_episodes: int, stream: str, plays=Episode) ->
     rng = random.Random(f"{stream} {args.seed}")
     playing = episodes = [make_episode(args, plays) for _ in range(n_episodes)]
     while playing:
-        still_playing = []
         policies = agent.remembered_log_policy([episode.state() for episode in playing])
         for episode, policy in zip(playing, policies):
             (action,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
-            _, _, terminated, truncated = episode.act(action)
-            if not (terminated or truncated):
-                still_playing.append(episode)
-        playing = still_playing
+            episode.act(action)
+        playing = [episode for episode in playing if not episode.over]
     results = np.array([(e.info["success"], e.ret, e.length) for e in episodes])
     return dict(zip(("success", "return", "length"), results.mean(axis=0).tolist()),
                 return_std=results[:, 1].std().item(), episodes=n_episodes)
@@ -616,16 +619,15 @@ def describe(result: dict) -> str:
 def play(agent: Agent, args, plays=Episode):
     """Play one episode; yield (episode, before, after, action) ahead of each decision: log pi (K,)
     of the LLM without its adapter (None where there is none) and of the agent, and its choice."""
-    episode, rng, over = make_episode(args, plays), random.Random(args.seed), False
-    while not over:
+    episode, rng = make_episode(args, plays), random.Random(args.seed)
+    while not episode.over:
         before, (after,) = None, agent.remembered_log_policy([episode.state()])
         if hasattr(agent.model, "disable_adapter"):
             with torch.no_grad(), agent.model.disable_adapter():
                 (before,) = agent.log_policy([episode.state()])
         (action,) = rng.choices(range(len(after)), weights=after.exp().tolist())
         yield episode, before, after, action
-        _, _, terminated, truncated = episode.act(action)
-        over = terminated or truncated
+        episode.act(action)
 
 
 def show_episode(agent: Agent, args, plays=Episode):
@@ -769,8 +771,7 @@ class Args:
     norm: str = knob("word", "what an action's log-probability is divided by: its words (the "
                      "paper's best), its tokens, or nothing", choices=["word", "token", "none"])
     model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B")
-    steps: int | None = knob(None, "decisions to learn from; 0: none; without it see TASK_STEPS; "
-                             "paper: 500,000 Overcooked, 50,000 and 200,000 VirtualHome")
+    steps: int | None = knob(None, "decisions to learn from: TASK_STEPS; paper: 50,000 to 500,000")
     seed: int = knob(1, "of everything random: LoRA, critic, sampled actions, minibatches")
     out: str = knob("", "the run's folder; without it, a new one under runs/")
     device: str = knob("auto", "auto: cuda, mps or cpu", choices=["auto", "cpu", "cuda", "mps"])
@@ -790,8 +791,8 @@ class Args:
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float | None = knob(None, "entropy bonus, a pull away from what the LM knows: 0, in "
-                                  "tomato-lettuce-salad 0.01, but for pocket_lm; paper: 0.01")
+    ent_coef: float | None = knob(None, "entropy bonus: 0, but for one task, below; paper: 0.01")
+    kl_coef: float = knob(0.0, "pull to the untrained policy: 0.01 keeps what it knew; paper: none")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -800,9 +801,8 @@ class Args:
     def __post_init__(self):
         if self.env not in ENVS:  # of a run's config.json
             raise ValueError(f"no environment {self.env} here; known are {', '.join(ENVS)}")
-        tasks = ENVS[self.env].TASKS
-        self.task = self.task or next(iter(tasks))
-        if self.task not in tasks:
+        self.task = self.task or next(iter(ENVS[self.env].TASKS))
+        if self.task not in ENVS[self.env].TASKS:
             known = (f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
             raise ValueError(f"--env {self.env} has no --task {self.task}; {'; '.join(known)}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
@@ -819,7 +819,7 @@ class Args:
             raise ValueError("no number may be negative, --gamma and --gae-lambda are at most 1")
 
 
-# Decisions in which pocket_lm and SmolLM2 learn each task; no seed of reproduce.py had a say.
+# Decisions in which pocket_lm and SmolLM2 learn each task, searched on seeds from 101 on.
 TASK_STEPS = {"tomato-salad": (7_680, 3_072), "tomato-lettuce-salad": (12_800, 10_240),
               "food-preparation": (5_120, 3_840), "entertainment": (12_800, 20_480)}
 
