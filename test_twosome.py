@@ -421,7 +421,7 @@ def test_gradient_is_the_policy_gradient():
 
 
 def test_kl_coef_pulls_towards_the_untrained_policy():
-    """Otherwise it would pull elsewhere, or weigh a state by other than the decisions taken in it."""
+    """Otherwise it would pull elsewhere, or weigh a state by other than the decisions in it."""
     agent, states = an_agent(), [STATES[0], STATES[1], STATES[0]]
     with torch.no_grad(), agent.model.disable_adapter():
         untrained = agent.log_policy(states)
@@ -536,7 +536,7 @@ def test_the_algorithm_stands_alone():
     knobs = SimpleNamespace(
         rollout_steps=8, gae_lambda=0.95, bootstrap_time_limit=True, advantage_eps=1.0,
         policy_lr=2e-3, value_lr=1e-3, epochs=2, minibatches=2, clip_coef=0.2, ent_coef=0.0,
-        vf_coef=0.5, target_kl=0.02, max_grad_norm=0.5)
+        kl_coef=0.0, vf_coef=0.5, target_kl=0.02, max_grad_norm=0.5)
     agent = alone["Agent"](AutoModelForCausalLM.from_pretrained(ROOT / "pocket_lm"),
                            AutoTokenizer.from_pretrained(ROOT / "pocket_lm"))
     playing = [alone["Episode"](OvercookedText("tomato-salad"), 0.99) for _ in range(3)]
@@ -1339,7 +1339,7 @@ def test_plots(finished, monkeypatch):
 def test_benchmark_compares_two_ways_to_the_same():
     """Otherwise the claim of speed would be about two different things."""
     agent = benchmark.make_agent(SimpleNamespace(model="pocket_lm", device="cpu", dtype="float32"))
-    plain, ours = (benchmark.iteration(way, agent, SMALL)[1] for way in ("plain", "ours"))
+    plain, ours = (benchmark.run_updates(way, agent, SMALL)[1] for way in ("plain", "ours"))
     assert plain.states == ours.states and torch.equal(plain.chosen, ours.chosen)
     assert equal([plain.advantage], [ours.advantage], 1e-4)
     assert 0 < benchmark.parity(agent, STATES) < 1e-5  # after ours has moved LoRA

@@ -636,7 +636,8 @@ def show_episode(agent: Agent, args, plays=Episode):
     print(f"\none episode (probability of the chosen action{trained}):")
     for episode, before, after, action in play(agent, args, plays):
         past = "" if before is None else f"{before[action].exp():.2f} -> "
-        print(f"  {past}{after[action].exp():.2f}  {episode.state()[1][action]}")
+        phrase = list(episode.info["actions"].values())[action]
+        print(f"  {past}{after[action].exp():.2f}  {phrase}")
     print(f"  success: {episode.info['success']}, discounted return {episode.ret:.3f}")
 
 
@@ -783,8 +784,7 @@ class Args:
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
     bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
-    policy_lr: float = knob(2e-3, "LoRA's learning rate, searched with 0.9M and 135M weights; "
-                            "paper: 5e-7 and 1e-6, for 7B in float16")
+    policy_lr: float = knob(2e-3, "LoRA's rate, searched on 0.9M and 135M; paper (7B): 5e-7, 1e-6")
     standardize: bool | None = knob(None, "the critic's inputs, but not pocket_lm's; paper: no")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int | None = knob(None, "passes over a rollout: pocket_lm 4, others 2; paper: 1")
