@@ -15,7 +15,7 @@ R3 language            WikiText-2 and BLiMP, before and after R1's and R5's runs
 R4 wording             each prompt principle switched off, other joining phrases, a chat template:
                        untrained on four tasks; principles with training on two; and other words
                        only after training
-R5 the price           what four learning rates buy, and what they cost in language; and what a pull
+R5 the rate, a pull    what four learning rates buy, and what they cost in language; and what a pull
                        towards the untrained policy (--kl-coef) keeps, also on unseen tasks
 """
 
