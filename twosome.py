@@ -772,7 +772,7 @@ class Args:
     norm: str = knob("word", "what an action's log-probability is divided by: its words (the "
                      "paper's best), its tokens, or nothing", choices=["word", "token", "none"])
     model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B")
-    steps: int | None = knob(None, "decisions to learn from: TASK_STEPS; paper: 50,000 to 500,000")
+    steps: int | None = knob(None, "decisions to learn from, 0: none; paper: 50,000 to 500,000")
     seed: int = knob(1, "of everything random: LoRA, critic, sampled actions, minibatches")
     out: str = knob("", "the run's folder; without it, a new one under runs/")
     device: str = knob("auto", "auto: cuda, mps or cpu", choices=["auto", "cpu", "cuda", "mps"])
@@ -819,7 +819,7 @@ class Args:
             raise ValueError("no number may be negative, --gamma and --gae-lambda are at most 1")
 
 
-# Decisions in which pocket_lm and SmolLM2 learn each task, searched on seeds from 101 on.
+# --steps by default: where pocket_lm and SmolLM2 learn each task, searched on seeds from 101 on.
 TASK_STEPS = {"tomato-salad": (7_680, 3_072), "tomato-lettuce-salad": (12_800, 10_240),
               "food-preparation": (5_120, 3_840), "entertainment": (12_800, 20_480)}
 

@@ -12,10 +12,10 @@ iteration       the reference's own: 4 environments x 32 decisions, then one pas
 default update  twosome.py's own: n_envs x rollout_steps decisions (512; LMs other than pocket_lm
                 256, in entertainment 512), epochs passes (4; others 2), all of them (no KL stop),
                 without the episodes that only a row of the log needs. The first one, when nothing
-                is remembered yet, and the second: like all that follow, it has met most of its
-                states before. Ours is measured whole. The plain way is not run but multiplied out,
-                from each of its iterations above: decisions x (rollout / 128 + epochs x (value
-                update + policy update) / 128). (The rollouts' tokens a decision differ by 1 to 5%.)
+                is remembered yet, and the second, which has met some of its states before. Ours is
+                measured whole. The plain way is not run but multiplied out, from each of its
+                iterations above: decisions x (rollout / 128 + epochs x (value update + policy
+                update) / 128). (The tokens a decision of the two rollouts differ by 1 to 5%.)
 GFLOP, MiB      of an iteration, each way in a fresh process; CPU: resident memory, CUDA: allocated
 parity          the largest difference of a probability between the two ways, over all states of the
                 iteration, after one update; above 1e-5 in float32 this script fails

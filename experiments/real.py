@@ -30,7 +30,7 @@ from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TAS
                        mean_steps, never, numbers, outcome, perplexity_change, read_csv, spread,
                        table)
 
-SEEDS = [31, 32, 33]  # nothing was chosen by looking at them
+SEEDS = [31, 32, 33]  # settings were searched on others; two were changed for seed 32: causes.md
 RATES = [1e-3, 4e-3, 8e-3]  # and the default, 2e-3, which R1 has
 PULL = "pull-0.01"
 COST = {"tomato-salad": 240, "tomato-lettuce-salad": 2_000, "food-preparation": 200,
