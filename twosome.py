@@ -792,7 +792,7 @@ class Args:
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float | None = knob(None, "entropy bonus: 0, but for one task, below; paper: 0.01")
-    kl_coef: float = knob(0.0, "pull to the untrained policy: 0.01 keeps what it knew; paper: none")
+    kl_coef: float = knob(0.0, "pull to the untrained policy, as 0.01, keeps more of it; paper: none")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -819,7 +819,7 @@ class Args:
             raise ValueError("no number may be negative, --gamma and --gae-lambda are at most 1")
 
 
-# --steps by default: where pocket_lm and SmolLM2 learn each task, searched on seeds from 101 on.
+# --steps by default, for pocket_lm and SmolLM2, from a first reward on; searched on seeds 101 on.
 TASK_STEPS = {"tomato-salad": (7_680, 3_072), "tomato-lettuce-salad": (12_800, 10_240),
               "food-preparation": (5_120, 3_840), "entertainment": (12_800, 20_480)}
 
