@@ -792,7 +792,7 @@ class Args:
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float | None = knob(None, "entropy bonus: 0, but for one task, below; paper: 0.01")
-    kl_coef: float = knob(0.0, "pull to the untrained policy, as 0.01, keeps more of it; paper: none")
+    kl_coef: float = knob(0.0, "pull to the untrained policy; 0.01 keeps more of it; paper: none")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
