@@ -2,9 +2,8 @@
 
 A language model knows what people usually do. It does not know what works here. TWOSOME (Tan et
 al., ICLR 2024, arXiv 2401.14151) asks it for the probability of every action that the environment
-offers, as the ending of one sentence, and makes a policy of these. From then on it is ordinary
-reinforcement learning: act, and nudge a small adapter (LoRA) so that actions that turned out well
-become likelier. The model itself stays frozen.
+offers, as the ending of one sentence, and makes a policy of these. The rest is reinforcement
+learning: nudge a small adapter (LoRA) so that what turned out well is likelier; the LM is frozen.
 
     python twosome.py --env overcooked        # half a minute on a CPU core; --help lists all flags
 
@@ -22,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch.nn.utils.rnn import pad_sequence
 
 
 # === 1. Prompts: what the agent perceives begins a sentence, and each action is an ending of it. ==
@@ -69,8 +67,8 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
         log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1}); w_i: tokens        (paper, Eq. 1)
     encoded: B pairs from `encode`. Returns B float32 tensors (K_b,)."""
     rows = [(prompt, action) for prompt, actions in encoded for action in actions]
-    ids = pad_sequence([torch.tensor(prompt + action) for prompt, action in rows],
-                       batch_first=True).to(model.device)  # (R, L), filled up at the end
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt + action) for prompt, action in rows],
+                                    batch_first=True).to(model.device)  # (R, L), filled at the end
     logits = model(input_ids=ids, use_cache=False).logits  # (R, L, V); no token sees later ones
     # The logits at column t predict the token at column t + 1.
     log_p = F.log_softmax(logits[:, :-1].float(), dim=-1)  # (R, L-1, V)
@@ -115,8 +113,8 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# in_parts cuts what would not fit into memory. Of several processes (section 5) each takes some of
-# the parts, from_all hands results on, add_up sums gradients. Here one process does all.
+# in_parts cuts what would not fit into memory. Here one process does all of it; of several (section
+# 5) each takes some parts, from_all hands on what they computed, add_up sums their gradients.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
 from_all, add_up = lambda new: new, lambda weights, sums: sums
 
@@ -167,9 +165,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def features(self, prompts: list[str]) -> torch.Tensor:
-        """What the critic sees, (B, H): the last hidden state of the prompt's last token, the only
-        one that has seen all of it. Without the adapter: else each policy update would change it.
-        One prompt at a time, without padding: not even a rounding depends on the company."""
+        """What the critic sees, (B, H): the last hidden state of the prompt's last token, which has
+        seen all of it. Without the adapter, whose updates would change it. One prompt at a time:
+        without padding not even a rounding depends on the company."""
         for prompt in set(prompts) - self.features_memory.keys():
             ids, _ = encode(self.tokenizer, prompt, ("wait",))  # cut as before any action
             ids = torch.tensor([ids], device=self.model.device)
@@ -264,7 +262,6 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
                 "no_future": no_future, "next": episode.state()[0]})
             if episode.over:
                 episode.start()
-
     flat = lambda name: torch.tensor([d[name] for d in decisions], dtype=torch.float32)  # (T * N,)
     with torch.no_grad():
         value = agent.value([d["state"][0] for d in decisions]).cpu()
@@ -309,8 +306,7 @@ def minibatches(n: int, args, rng: random.Random):
     """In each epoch the numbers 0 ... n-1, shuffled and cut into nearly equal parts."""
     for _ in range(args.epochs):
         order = rng.sample(range(n), n)
-        for i in range(args.minibatches):
-            yield order[i::args.minibatches]
+        yield from (order[i::args.minibatches] for i in range(args.minibatches))
 
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
@@ -332,7 +328,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
             # Each of n decisions: its place in the rollout (index), its state's among the B (row).
             index = [i for state in states for i in decisions[state]]
             row = [b for b, state in enumerate(states) for _ in decisions[state]]
-            table = pad_sequence(policies, batch_first=True)  # (B, longest K); the fill is not read
+            table = nn.utils.rnn.pad_sequence(policies, batch_first=True)  # (B, longest K)
             new_log_prob = table[row, rollout.chosen[index]]  # (n,)
             entropy = torch.stack([-(p.exp() * p).sum() for p in policies])[row]  # (n,)
             loss, terms = policy_loss(new_log_prob, rollout.log_prob[index], advantages[index],
