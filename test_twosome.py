@@ -251,11 +251,10 @@ def test_policy_and_value_do_not_depend_on_batch_mates():
     agent = an_agent()
     torch.nn.init.normal_(agent.critic[-1].weight)  # a fresh critic says 0 to everything
     states = sorted(STATES, key=lambda state: len(state[0]))[::16]
-    values, policies = agent.value([prompt for prompt, _ in states]), agent.log_policy(states)
-    for (prompt, actions), value, policy in zip(states, values, policies, strict=True):
+    values, policies = agent.value(states), agent.log_policy(states)
+    for state, value, policy in zip(states, values, policies, strict=True):
         agent.features_memory.clear()
-        assert equal([agent.value([prompt])[0], *agent.log_policy([(prompt, actions)])],
-                     [value, policy], 1e-5)
+        assert equal([agent.value([state])[0], *agent.log_policy([state])], [value, policy], 1e-5)
     assert len(states[0][0]) < len(states[2][0]) / 2 and values.unique().numel() == 3
 
 
@@ -268,13 +267,12 @@ def test_frozen_lm_stays_what_it_was():
         assert equal(ask(agent.model), ask(base), 1e-6)
     assert equal(ask(Agent(copy.deepcopy(base), tokenizer).model), ask(base), 1e-6)  # fresh LoRA
     assert not equal(ask(agent.model), ask(base), 1e-2)
-    prompts = [prompt for prompt, _ in STATES]
-    before, trained = agent.features(prompts), set(twosome.trained_parameters(agent))
-    ids = tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    before, trained = agent.features(STATES), set(twosome.trained_parameters(agent))
+    ids = tokenizer(STATES[0][0], return_tensors="pt")["input_ids"]
     assert equal([before[0]], [base.get_decoder()(input_ids=ids).last_hidden_state[0, -1]], 1e-5)
     move_lora(agent)
     agent.features_memory.clear()
-    assert torch.equal(agent.features(prompts), before) and len(before.unique(dim=0)) == 33
+    assert torch.equal(agent.features(STATES), before) and len(before.unique(dim=0)) == 33
     assert set(twosome.trained_parameters(agent)) == trained  # peft switched nothing on or off
     assert all("lora_" in name or name.startswith("critic.") for name in trained)
 
@@ -282,13 +280,12 @@ def test_frozen_lm_stays_what_it_was():
 def test_features_are_standardized_once():
     """Otherwise a critic would hardly see a real LLM's states, which differ by a tenth of their
     length; or its inputs would shift with each rollout."""
-    prompts = [prompt for prompt, _ in STATES]
     plain, agent = (Agent(copy.deepcopy(pocket()[0]), pocket()[1], standardize=x)
                     for x in (False, True))
-    x, y = plain.features(prompts), agent.features(prompts)
+    x, y = plain.features(STATES), agent.features(STATES)
     assert plain.scale == (0, 1) and equal(y.mean(0), torch.zeros(128), 1e-5)
     assert y.std().item() == pytest.approx(1, abs=1e-4)
-    assert torch.equal(agent.features(prompts[:2]), y[:2])  # by the first rollout's numbers
+    assert torch.equal(agent.features(STATES[:2]), y[:2])  # by the first rollout's numbers
     assert equal(y * agent.scale[1] + agent.scale[0], x, 1e-4)
 
 
@@ -606,7 +603,11 @@ def test_what_lies_below_lora_is_computed_once(family):
         assert equal(scored, plain)
         assert equal(*([g for g in grad(torch.cat(x).exp().sum().log()) if g is not None]
                        for x in (scored, plain)))
+    read = [twosome.last_hidden(agent.model, *state) for state in (a, b, c, d)]
     assert len(passes) == 3  # of the plain way alone
+    expected = [agent.model.get_decoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+                for prompt, _ in (a, b, c, d)]
+    assert equal(read, expected, 1e-5)
 
 
 def test_verdict_is_remembered_and_checked_again_on_longer_rows(monkeypatch):

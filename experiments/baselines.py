@@ -74,8 +74,8 @@ class SymbolicAgent(Baseline):
         logits = self.model(torch.tensor(vectors))  # (B, all actions); a softmax over the offered
         return [F.log_softmax(row[list(indices)], -1) for row, indices in zip(logits, offered)]
 
-    def features(self, vectors):
-        return torch.tensor(vectors)
+    def features(self, states):
+        return torch.tensor([vector for vector, _ in states])
 
 
 # --- SayCan ---------------------------------------------------------------------------------------
@@ -118,8 +118,8 @@ class SayCan(Baseline):
         can = self.affordance(seen, offered)
         return [F.log_softmax(say + F.logsigmoid(c), -1) for say, c in zip(says, can)]
 
-    def value(self, seen):
-        return torch.zeros(len(seen))
+    def value(self, states):
+        return torch.zeros(len(states))
 
     def learn(self, rollout, args, rng) -> dict:
         """Cross-entropy of the predicted success of each action taken.
@@ -150,8 +150,8 @@ class RandomAgent(Baseline):
     def log_policy(self, states):
         return [torch.zeros(len(offered)).log_softmax(-1) for _, offered in states]
 
-    def value(self, prompts):
-        return torch.zeros(len(prompts))
+    def value(self, states):
+        return torch.zeros(len(states))
 
     def learn(self, rollout, args, rng) -> dict:
         return {}

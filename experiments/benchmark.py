@@ -78,9 +78,9 @@ class PlainAgent(twosome.Agent):
         with patch.multiple(twosome, score=twosome.plain_log_probs, encode=encode.__wrapped__):
             return super().log_policy(states)
 
-    def features(self, prompts):
+    def features(self, states):
         """Each time a pass of all prompts through the whole LM, its adapter off."""
-        rows = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        rows = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt, _ in states]
         ids = pad_sequence(rows, batch_first=True).to(self.model.device)
         with torch.no_grad(), self.model.disable_adapter():
             hidden = self.model(input_ids=ids, use_cache=False, output_hidden_states=True
@@ -91,15 +91,14 @@ class PlainAgent(twosome.Agent):
     def remembered_log_policy(self, states):
         """A step of the rollout: one pass for the values of all environments, one for the policies.
         twosome.collect asks for the values at the end; they are kept until then."""
-        prompts = [prompt for prompt, _ in states]
-        self.values.update(zip(prompts, super().value(prompts)))
+        self.values.update(zip(states, super().value(states)))
         return self.log_policy(states)
 
-    def value(self, prompts):
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.values]
+    def value(self, states):
+        new = [state for state in dict.fromkeys(states) if state not in self.values]
         if new:  # the states after the last step
             self.values.update(zip(new, super().value(new)))
-        return torch.stack([self.values[prompt] for prompt in prompts])
+        return torch.stack([self.values[state] for state in states])
 
 
 def plain_update_value(agent, rollout, args, rng):

@@ -77,7 +77,7 @@ def watch(agent: Agent, args, plays, tokens: bool = False, pace: float | None = 
             for line in token_lines(agent, prompt, phrases, trained):
                 print(textwrap.fill(line, width, initial_indent="  ",
                                     subsequent_indent=" " * 14))
-        value = (f"value {agent.value([episode.state()[0]]).item():.3f}, "
+        value = (f"value {agent.value([episode.state()]).item():.3f}, "
                  if trained or args.method == "ppo" else "")  # other critics know nothing yet
         print(f"\n{value}discounted return so far {episode.ret:.3f}, step {episode.length}")
         if pace is not None:
