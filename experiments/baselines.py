@@ -24,8 +24,8 @@ from twosome import Agent, Episode, minibatches  # noqa: E402
 
 # PPO's settings were searched as TWOSOME's were, on the same seeds (results/search.csv).
 OWN = {"ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4, "ent_coef": 0.01,
-               "target_kl": 0.05, "advantage_eps": 0.1},
-       "saycan": {"epochs": 10, "minibatches": 4},
+               "target_kl": 0.05, "advantage_eps": 0.1, "adam_eps": 1e-5},
+       "saycan": {"epochs": 10, "minibatches": 4, "adam_eps": 1e-5},
        "random": {"steps": 0}}
 
 
@@ -43,12 +43,12 @@ def tanh_mlp(n_inputs: int, n_outputs: int, gain: float) -> nn.Sequential:
 class Baseline(Agent):
     """An agent without LoRA: `model` is what acts, `critic` what is learned beside it."""
 
-    def __init__(self, model: nn.Module, critic: nn.Module):
+    def __init__(self, model: nn.Module, critic: nn.Module, eps=1e-5):
         nn.Module.__init__(self)  # not Agent's: there is no LLM to wrap
         self.model, self.critic, self.max_prompts = model, critic, 1024
         self.policy_memory, self.scale = {}, None
         self.optimizers = {
-            name: torch.optim.Adam(weights, eps=1e-5) for name, part in (
+            name: torch.optim.Adam(weights, eps=eps) for name, part in (
                 ("policy", model), ("value", critic))
             if (weights := [p for p in part.parameters() if p.requires_grad])}
 
@@ -65,9 +65,10 @@ class SymbolicEpisode(Episode):
 class SymbolicAgent(Baseline):
     """Actor and critic are small networks of the symbolic observation; the rest is TWOSOME's."""
 
-    def __init__(self, n_inputs: int, n_actions: int):
+    def __init__(self, n_inputs: int, n_actions: int, eps: float):
         # Nearly uniform at first; V = 0 at first, as for TWOSOME.
-        super().__init__(tanh_mlp(n_inputs, n_actions, gain=0.01), tanh_mlp(n_inputs, 1, gain=0.0))
+        super().__init__(tanh_mlp(n_inputs, n_actions, gain=0.01),
+                         tanh_mlp(n_inputs, 1, gain=0.0), eps)
 
     def log_policy(self, states):
         vectors, offered = zip(*states)
@@ -101,9 +102,9 @@ class SayCan(Baseline):
     The second factor, the affordance, is learned from the agent's own exploration.
     """
 
-    def __init__(self, llm: Agent, n_inputs: int, n_actions: int):
+    def __init__(self, llm: Agent, n_inputs: int, n_actions: int, eps: float):
         # The LLM is never trained, so what it says is remembered for good: in its policy_memory.
-        super().__init__(llm.requires_grad_(False), tanh_mlp(n_inputs, n_actions, gain=0.01))
+        super().__init__(llm.requires_grad_(False), tanh_mlp(n_inputs, n_actions, gain=0.01), eps)
 
     def affordance(self, seen, offered) -> list[torch.Tensor]:
         """Logits that the offered actions succeed, near 0 at first: B tensors (K_b,)."""
@@ -168,8 +169,8 @@ def make_agent(args) -> Agent:
     episode = twosome.make_episode(args)
     n_inputs, n_actions = len(episode.info["vector"]), episode.env.n_actions
     if args.method == "ppo":
-        return SymbolicAgent(n_inputs, n_actions)
-    return SayCan(twosome.make_agent(args), n_inputs, n_actions)
+        return SymbolicAgent(n_inputs, n_actions, args.adam_eps)
+    return SayCan(twosome.make_agent(args), n_inputs, n_actions, args.adam_eps)
 
 
 def load_run(run: Path, **changes):

@@ -15,9 +15,9 @@ R3 language            WikiText-2 and BLiMP, before and after R1's and R5's runs
 R4 wording             each prompt principle switched off, other joining phrases, a chat template:
                        untrained on four tasks; principles with training on two; and other words
                        only after training
-R5 the rate, a pull    what four learning rates buy, and what they cost in language; what Adam's usual
-                       eps costs; and what a pull towards the untrained policy (--kl-coef) keeps,
-                       also on unseen tasks
+R5 the rate, a pull    what four learning rates buy, and what they cost in language; Adam's eps;
+                       and what a pull towards the untrained policy (--kl-coef) keeps, also on
+                       unseen tasks
 """
 
 import functools
@@ -32,7 +32,7 @@ from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TAS
                        table)
 
 SEEDS = [31, 32, 33]  # settings were searched on others; two were changed for seed 32: causes.md
-RATES = [5e-4, 2e-3, 4e-3]  # and the default, 1e-3, which R1 has
+RATES = [5e-4, 2e-3, 4e-3]  # and 1e-3, the default of these two tasks, which R1 has
 PULL, EPS = "pull-0.01", "eps-1e-5"
 COST = {"tomato-salad": 240, "tomato-lettuce-salad": 2_000, "food-preparation": 200,
         "entertainment": 1_500}  # seconds of a job on one core, for the time that is left
@@ -77,8 +77,9 @@ def jobs(given) -> list[dict]:
         if "food-preparation" in part:
             for seed, task, rate in itertools.product(SEEDS, part, RATES):
                 add("R5", task, f"rate-{rate:g}", seed, policy_lr=rate)
-        for seed, task in itertools.product(SEEDS, part):
-            add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5)
+        if "entertainment" not in part:  # where these are the default
+            for seed, task in itertools.product(SEEDS, part):
+                add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5)
         if "tomato-lettuce-salad" not in part:  # which has a bonus of its own
             for seed, task in itertools.product(SEEDS, part):
                 add("R5", task, PULL, seed, kl_coef=0.01)
@@ -282,8 +283,8 @@ def report(folder: Path, plan: list[dict]):
           *(spread(numbers(pick(task, "word"), x)) for x in ("other_words", "new_words"))]
          for task in short])]
 
-    labels = {"rate-0.0005": "5e-4", "word": "1e-3 (the default)", "rate-0.002": "2e-3",
-              "rate-0.004": "4e-3", EPS: "2e-3, --adam-eps 1e-5", PULL: "1e-3, --kl-coef 0.01"}
+    labels = {"rate-0.0005": "5e-4", "word": "the default", "rate-0.002": "2e-3",
+              "rate-0.004": "4e-3", EPS: "2e-3, --adam-eps 1e-5", PULL: "--kl-coef 0.01"}
     out += ["## R5 the rate, and a pull towards the untrained policy\n", table(
         ["task", "rate", "steps until 90% success", "success", "discounted return",
          "perplexity, change in %", "BLiMP, change in points"],
