@@ -779,17 +779,17 @@ class Args:
     rollout_steps: int = knob(64, "decisions of each environment between updates; paper: 32")
     gamma: float | None = knob(None, "of a primitive step: 0.99, VirtualHome 0.95; paper: the same")
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
-    bootstrap_time_limit: bool = knob(True, "the time limit is not an end; paper: it is")
+    bootstrap_time_limit: bool = knob(True, "whether V stands in at the time limit; paper: no")
     advantage_eps: float = knob(1.0, "added to the advantages' standard deviation; paper: 1e-8")
-    policy_lr: float | None = knob(None, "LoRA's rate: 2e-3, 1e-3 where eps is 1e-6; paper: 5e-7")
+    policy_lr: float | None = knob(None, "LoRA's: 2e-3; other LMs, short tasks 1e-3; paper: 5e-7")
     standardize: bool | None = knob(None, "critic's inputs: pocket_lm no, others yes; paper: no")
-    adam_eps: float | None = knob(None, "Adam's eps: 1e-5 as in the paper, or 1e-6, see below")
+    adam_eps: float | None = knob(None, "Adam's eps: 1e-5, as paper; other LMs, short tasks 1e-6")
     value_lr: float = knob(1e-3, "the critic's learning rate; paper: 1e-5 and 5e-5")
     epochs: int | None = knob(None, "passes over a rollout: pocket_lm 4, others 2; paper: 1")
     minibatches: int = knob(2, "steps per epoch; paper: 4; a state goes through the LM once a step")
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float | None = knob(None, "entropy bonus: 0 (one task: 0.01, below); paper: 0.01")
+    ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, one task 0.01; paper: 0.01")
     kl_coef: float = knob(0.0, "pull to the untrained policy; 0.01 keeps more of it; paper: none")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
@@ -807,13 +807,13 @@ class Args:
         ent_coef, n_envs, rate, eps = {  # a bonus lest it learns to wait; where rewards are rare,
             "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5),  # more games, and an eps that damps the
             "entertainment": (0.0, 8, 2e-3, 1e-5)}.get(self.task, (0.0, 4, 1e-3, 1e-6))  # noise
-        for name, (of_pocket_lm, of_others) in {
+        for name, (pocket, others) in {
                 "gamma": (gamma, gamma), "steps": TASK_STEPS.get(self.task, (5_120, 3_840)),
                 "n_envs": (8, n_envs), "epochs": (4, 2), "max_prompts": (4, 8),
                 "policy_lr": (2e-3, rate), "adam_eps": (1e-5, eps),
                 "standardize": (False, True), "ent_coef": (0.0, ent_coef)}.items():
             if getattr(self, name) is None:
-                setattr(self, name, of_pocket_lm if self.model == "pocket_lm" else of_others)
+                setattr(self, name, pocket if Path(self.model).name == "pocket_lm" else others)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]
         if not all(0 <= x < float("inf") for x in numbers) or max(self.gamma, self.gae_lambda) > 1:
             raise ValueError("no number may be negative, --gamma and --gae-lambda are at most 1")
