@@ -77,7 +77,7 @@ def jobs(given) -> list[dict]:
         if "food-preparation" in part:
             for seed, task, rate in itertools.product(SEEDS, part, RATES):
                 add("R5", task, f"rate-{rate:g}", seed, policy_lr=rate)
-        if "food-preparation" in part:  # elsewhere these are the default
+            # Adam's usual eps, with the rate that suits it: on the long tasks the default.
             for seed, task in itertools.product(SEEDS, part):
                 add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5)
         if "tomato-lettuce-salad" not in part:  # which has a bonus of its own
