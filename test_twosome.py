@@ -359,13 +359,21 @@ def test_value_loss_by_hand():
     assert log["explained_variance"] == pytest.approx(1 - 0.18 / 0.5, abs=1e-5)
 
 
-def test_minibatches_are_all_decisions_once_an_epoch():
-    """Otherwise some decisions would be learned from twice and others never."""
-    args = SimpleNamespace(epochs=3, minibatches=4)
-    batches = list(twosome.minibatches(10, args, random.Random(0)))
-    assert [len(batch) for batch in batches] == [3, 3, 2, 2] * 3
+@pytest.mark.parametrize("whole_states", [False, True])
+def test_minibatches_are_all_decisions_once_an_epoch(whole_states):
+    """Otherwise some decisions would be learned from twice and others never; or whole states would
+    not be whole, and cost as many passes, or always come in the same company."""
+    args = SimpleNamespace(epochs=3, minibatches=4, whole_states=whole_states)
+    states = [i % 7 for i in range(42)]  # seven states, six decisions in each
+    batches = list(twosome.minibatches(states, args, random.Random(0)))
+    assert sorted(map(len, batches[:4])) == [10, 10, 11, 11]
     epochs = [sum(batches[i:i + 4], []) for i in (0, 4, 8)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert all(sorted(epoch) == list(range(42)) for epoch in epochs)
+    different = [sum(len({states[i] for i in batch}) for batch in batches[i:i + 4])
+                 for i in (0, 4, 8)]
+    assert all(7 <= n <= 10 if whole_states else n > 15 for n in different)  # 10: at each cut one
+    orders = [tuple(dict.fromkeys(states[i] for i in epoch)) for epoch in epochs]
+    assert len(set(orders)) == 3
 
 
 @pytest.mark.parametrize("dtype, max_prompts", [("float32", 4), ("bfloat16", 1)])
@@ -478,11 +486,12 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
     args = Args("overcooked" if env_class is OvercookedText else "virtualhome", task)
     for model, place in (("pocket_lm", 0), ("./pocket_lm/", 0), ("another", 1)):  # own numbers
         own = Args(args.env, task, model=model)
-        assert own.steps == twosome.TASK_STEPS.get(task, (5_120, 3_840))[place]
+        assert own.steps == twosome.TASK_STEPS.get(task, (5_120, 2_560))[place]
         assert own.ent_coef == (0.01 if place and task == "tomato-lettuce-salad" else 0)
         assert own.n_envs == (4 if place and task != "entertainment" else 8)
         short = place and task not in ("tomato-lettuce-salad", "entertainment")
-        assert (own.policy_lr, own.adam_eps) == ((1e-3, 1e-6) if short else (2e-3, 1e-5))
+        assert (own.policy_lr, own.adam_eps, own.whole_states) == (
+            (1.5e-3, 1e-6, True) if short else (2e-3, 1e-5, False))
     episode = twosome.make_episode(args)
     outcome = [episode.act(list(episode.info["actions"]).index(action)) for action in PLANS[task]]
     reward, discount, done, _ = (torch.tensor(x, dtype=torch.float32)[:, None]
@@ -535,7 +544,7 @@ def test_the_algorithm_stands_alone():
     knobs = SimpleNamespace(
         rollout_steps=8, gae_lambda=0.95, bootstrap_time_limit=True, advantage_eps=1.0,
         policy_lr=2e-3, value_lr=1e-3, epochs=2, minibatches=2, clip_coef=0.2, ent_coef=0.0,
-        kl_coef=0.0, vf_coef=0.5, target_kl=0.02, max_grad_norm=0.5)
+        kl_coef=0.0, vf_coef=0.5, target_kl=0.02, max_grad_norm=0.5, whole_states=False)
     agent = alone["Agent"](AutoModelForCausalLM.from_pretrained(ROOT / "pocket_lm"),
                            AutoTokenizer.from_pretrained(ROOT / "pocket_lm"))
     playing = [alone["Episode"](OvercookedText("tomato-salad"), 0.99) for _ in range(3)]

@@ -24,8 +24,8 @@ from twosome import Agent, Episode, minibatches  # noqa: E402
 
 # PPO's settings were searched as TWOSOME's were, on the same seeds (results/search.csv).
 OWN = {"ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4, "ent_coef": 0.01,
-               "target_kl": 0.05, "advantage_eps": 0.1, "adam_eps": 1e-5},
-       "saycan": {"epochs": 10, "minibatches": 4, "adam_eps": 1e-5},
+               "target_kl": 0.05, "advantage_eps": 0.1, "adam_eps": 1e-5, "whole_states": False},
+       "saycan": {"epochs": 10, "minibatches": 4, "adam_eps": 1e-5, "whole_states": False},
        "random": {"steps": 0}}
 
 
@@ -128,7 +128,7 @@ class SayCan(Baseline):
             L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
         """
         self.policy_memory, losses = {}, []
-        for batch in minibatches(len(rollout.states), args, rng):
+        for batch in minibatches(rollout.states, args, rng):
             logits = self.affordance(*zip(*(rollout.states[i] for i in batch)))
             chosen = torch.stack([row[rollout.chosen[i]] for row, i in zip(logits, batch)])
             # With V = 0 and discount 0 the return is the skill's own reward.

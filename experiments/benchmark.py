@@ -103,7 +103,7 @@ class PlainAgent(twosome.Agent):
 
 def plain_update_value(agent, rollout, args, rng):
     """4 minibatches of 32; each goes through the LM once more."""
-    for batch in twosome.minibatches(len(rollout.states), args, rng):
+    for batch in twosome.minibatches(rollout.states, args, rng):
         part = SimpleNamespace(states=[rollout.states[i] for i in batch],
                                value=rollout.value[batch], returns=rollout.returns[batch])
         twosome.update_value(agent, part, replace(args, minibatches=1), rng)
@@ -307,7 +307,7 @@ def main():
     defaults = {task: twosome.Args(env=env_of(task), task=task, model=options.model,
                                    policy_lr=1e-3, target_kl=1e9) for task in options.tasks}
     iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
-                                minibatches=4) for task, args in defaults.items()}
+                                minibatches=4, whole_states=False) for task, args in defaults.items()}
     if options.only:
         return print(json.dumps(cost(options.only, make_agent(options), *iterations.values())))
 

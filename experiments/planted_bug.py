@@ -37,11 +37,11 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
     return advantage
 
 
-def minibatches(n, args, rng):
+def minibatches(states, args, rng):
     """Each epoch: 0 ... n-1 in a random order, cut into nearly equal parts."""
     for _ in range(args.epochs):
         parts = [[] for _ in range(args.minibatches)]
-        for part, i in zip(itertools.cycle(parts), rng.sample(range(n), n)):
+        for part, i in zip(itertools.cycle(parts), rng.sample(range(len(states)), len(states))):
             part.append(i)
         yield from parts
 
