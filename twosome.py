@@ -112,7 +112,7 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# Section 5 replaces these four, for speed and for several processes. in_parts: as memory allows.
+# Section 5 has faster ones. in_parts: as memory allows; from_all, add_up: with other processes'.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
 from_all, add_up = (lambda new: new), (lambda weights, sums: sums)
 last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); actions: for section 5
@@ -120,7 +120,7 @@ last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); act
 
 
 class Agent(nn.Module):
-    """pi(a | s) and V(s), the expected discounted reward; s = (prompt, actions)."""
+    """pi(a | s) and V(s), the expected discounted return; s = (prompt, actions)."""
 
     def __init__(self, model, tokenizer, norm="word", max_prompts=4, standardize=False, eps=1e-5):
         super().__init__()
@@ -165,8 +165,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def features(self, states) -> torch.Tensor:
-        """What the critic sees, (B, H): the last hidden state of the prompt's last token. Without
-        the adapter, so it stays true; a prompt at a time, so no rounding depends on the others."""
+        """What the critic sees, (B, H): the prompt's last hidden state, without the adapter: so it
+        never changes; a prompt at a time, so no rounding depends on the others; standardized."""
         for state in set(states) - self.features_memory.keys():
             with self.model.disable_adapter():
                 hidden = last_hidden(self.model, *encode(self.tokenizer, *state))
@@ -187,8 +187,8 @@ class Agent(nn.Module):
 
 # === 4. PPO: play with the present policy, judge each decision by what followed, move a little. ===
 class Episode:
-    """One game being played: `env` has a goal and Gymnasium's reset and step; info["actions"] maps
-    the index of each offered action to a phrase. A success earns about 1 (a wrong dish: -0.1)."""
+    """Games, one after another: `env` has a goal and Gymnasium's reset and step; info: "actions"
+    (index -> phrase; the offered ones), "primitive_steps", "success", which earns about 1."""
 
     def __init__(self, env, gamma: float):
         self.env, self.gamma = env, gamma
@@ -240,7 +240,7 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     """Play T = `rollout_steps` decisions in each of N environments and judge them. An unfinished
     episode goes on in the next rollout; the critic's value stands for the rest of it. While all r
-    are 0, advantages are but the critic's errors: play on, up to 1000 T, and take the last T."""
+    are 0 (household), all A are but the critic's errors: play on, up to 1000 T, keep the last T."""
     size, env_steps = args.rollout_steps * len(playing), 0
     decisions = deque(maxlen=size)  # the latest T * N
     while env_steps < size or (env_steps < 1000 * size and not any(d["reward"] for d in decisions)):
@@ -298,13 +298,13 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
 
 
 def minibatches(states, args, rng: random.Random):
-    """In each epoch the numbers of all n decisions, shuffled, in m nearly equal parts. whole_states
-    keeps those of a state together (but at a cut): fewer states a part, so fewer passes."""
+    """In each epoch the indices of all n decisions, shuffled, in m nearly equal parts. With
+    whole_states a state's decisions stay together (but at a cut): one pass an epoch, not m."""
     n, m = len(states), args.minibatches
     for _ in range(args.epochs):
         order = rng.sample(range(n), n)
         if args.whole_states:
-            place = {state: rng.random() for state in dict.fromkeys(states)}
+            place = {state: rng.random() for state in dict.fromkeys(states)}  # (no set: order)
             order.sort(key=lambda i: place[states[i]])
         yield from (order[n * i // m:n * (i + 1) // m] if args.whole_states else order[i::m]
                     for i in range(m))
@@ -312,7 +312,7 @@ def minibatches(states, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # Divided by their deviation alone, a critic's tiny errors weigh like a success: add 1 (eps).
+    # Divided by their deviation alone, a critic's tiny errors weigh like a success: add 1.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
@@ -325,7 +325,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
         sums = torch.zeros(4)
         for states in in_parts(sorted(decisions), agent.max_prompts):
             policies = agent.log_policy(states)  # B tensors (K_b,)
-            # Of n decisions: their places in the rollout (index), their states' among the B (row).
+            # For each of n decisions: its place in the rollout (index), its state's in the table.
             index = [i for state in states for i in decisions[state]]
             row = [b for b, state in enumerate(states) for _ in decisions[state]]
             table = nn.utils.rnn.pad_sequence(policies, batch_first=True)  # (B, longest K)
@@ -350,7 +350,7 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
 
 
 def update_value(agent: Agent, rollout, args, rng) -> dict:
-    """Move the critic towards the returns, but not far: beyond V_old +- eps no pull is left.
+    """Move the critic towards the returns, not far: beyond V_old +- eps nothing pulls further out.
 
         L = c_vf * mean 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) """
     losses, features = [], agent.features(rollout.states)
@@ -773,7 +773,7 @@ class Args:
     device: str = knob("auto", "auto: cuda, mps or cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
                       "paper: float16 throughout", choices=["float32", "bfloat16"])
-    n_envs: int | None = knob(None, "games: pocket_lm 8, others 4 (entertainment 8); paper: 4")
+    n_envs: int | None = knob(None, "games a process: 8; other LMs 4 (entertainment 8); paper: 4")
     rollout_steps: int = knob(64, "decisions of each environment between updates; paper: 32")
     gamma: float | None = knob(None, "of a primitive step: 0.99, VirtualHome 0.95; paper: the same")
     gae_lambda: float = knob(0.95, "bias against variance of the advantage; paper: the same")
@@ -788,7 +788,7 @@ class Args:
     whole_states: bool | None = knob(None, "a state in one step: other LMs, short tasks; paper: no")
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, one task 0.01; paper: 0.01")
+    ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, lettuce 0.01; paper: 0.01")
     kl_coef: float = knob(0.0, "pull to the untrained policy; 0.01 keeps more of it; paper: none")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
@@ -803,8 +803,8 @@ class Args:
             known = (f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
             raise ValueError(f"--env {self.env} has no --task {self.task}; {'; '.join(known)}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
-        bonus, n_envs, rate, eps, whole = {  # a bonus lest it waits; where rewards are rare,
-            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # more games, and eps damps noise
+        bonus, n_envs, rate, eps, whole = {  # of other LMs; the last are for the short tasks
+            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # a bonus lest it learns to wait
             "entertainment": (0., 8, 2e-3, 1e-5, False)}.get(self.task, (0., 4, 1.5e-3, 1e-6, True))
         for name, (pocket, others) in {
                 "gamma": (gamma, gamma), "steps": TASK_STEPS.get(self.task, (5_120, 2_560)),
