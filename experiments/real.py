@@ -93,7 +93,8 @@ def jobs(given) -> list[dict]:
         if "food-preparation" in part:
             for seed, task, principle in itertools.product(SEEDS, part, PRINCIPLES):
                 if (task, principle) != ("food-preparation", "one-wording"):  # it has only one
-                    add("R4", task, principle, seed, change=principle)
+                    add("R4", task, principle, seed, change=principle,  # beside EPS
+                        policy_lr=2e-3, adam_eps=1e-5, **BEFORE[task])
     for task in UNSEEN:
         add("R2", task, "untrained-word", SEEDS[0], cost=30, steps=0)
     return result
@@ -275,11 +276,11 @@ def report(folder: Path, plan: list[dict]):
         [[change or "as it is", *(spread(outcome(pick(
             task, f"untrained-{change or 'word'}"), "success"), 3) for task in tasks)]
          for change in ("", *changes)]),
-        "With training, success:\n", table(
+        "With training (rate 2e-3, eps 1e-5, split states), success:\n", table(
         ["prompt", *short],
-        [["as it is" if change == "word" else change,
+        [["as it is" if change == EPS else change,
           *(spread(outcome(pick(task, change), "success")) for task in short)]
-         for change in ("word", *PRINCIPLES)]),
+         for change in (EPS, *PRINCIPLES)]),
         "Trained as it is, then asked in other words (success, per word): `other_words` in the "
         "actions only, `new_words` in observation and actions:\n", table(
         ["task", "as it is", "other_words", "new_words"],
