@@ -486,7 +486,7 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
     args = Args("overcooked" if env_class is OvercookedText else "virtualhome", task)
     for model, place in (("pocket_lm", 0), ("./pocket_lm/", 0), ("another", 1)):  # own numbers
         own = Args(args.env, task, model=model)
-        assert own.steps == twosome.TASK_STEPS.get(task, (5_120, 2_560))[place]
+        assert own.steps == twosome.TASK_STEPS.get(task, (5_120, 3_840))[place]
         assert own.ent_coef == (0.01 if place and task == "tomato-lettuce-salad" else 0)
         assert own.n_envs == (4 if place and task != "entertainment" else 8)
         short = place and task not in ("tomato-lettuce-salad", "entertainment")

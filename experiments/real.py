@@ -34,9 +34,6 @@ from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TAS
 SEEDS = [31, 32, 33]  # settings were searched on others; two were changed for seed 32: causes.md
 RATES = [5e-4, 3e-3, 6e-3]  # and 1.5e-3, the default of these two tasks, which R1 has
 PULL, EPS, SPLIT = "pull-0.01", "eps-1e-5", "split-states"
-# The defaults of before on these two tasks: minibatches that split states, and cost more passes.
-BEFORE = {"tomato-salad": {"whole_states": False, "steps": 3_072},
-          "food-preparation": {"whole_states": False, "steps": 3_840}}
 COST = {"tomato-salad": 240, "tomato-lettuce-salad": 2_000, "food-preparation": 200,
         "entertainment": 1_500}  # seconds of a job on one core, for the time that is left
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"  # where get_smollm2.py puts it
@@ -82,8 +79,8 @@ def jobs(given) -> list[dict]:
                 add("R5", task, f"rate-{rate:g}", seed, policy_lr=rate)
             # With Adam's usual eps its own rate: on the long tasks, which split states, the default.
             for seed, task in itertools.product(SEEDS, part):
-                add("R5", task, SPLIT, seed, policy_lr=1e-3, **BEFORE[task])
-                add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5, **BEFORE[task])
+                add("R5", task, SPLIT, seed, policy_lr=1e-3, whole_states=False)
+                add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5, whole_states=False)
         if "tomato-lettuce-salad" not in part:  # which has a bonus of its own
             for seed, task in itertools.product(SEEDS, part):
                 add("R5", task, PULL, seed, kl_coef=0.01)
@@ -94,7 +91,7 @@ def jobs(given) -> list[dict]:
             for seed, task, principle in itertools.product(SEEDS, part, PRINCIPLES):
                 if (task, principle) != ("food-preparation", "one-wording"):  # it has only one
                     add("R4", task, principle, seed, change=principle,  # beside EPS
-                        policy_lr=2e-3, adam_eps=1e-5, **BEFORE[task])
+                        policy_lr=2e-3, adam_eps=1e-5, whole_states=False)
     for task in UNSEEN:
         add("R2", task, "untrained-word", SEEDS[0], cost=30, steps=0)
     return result
