@@ -553,6 +553,7 @@ def load_lm(name: str, device: str, dtype: str):
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        assert tokenizer.is_fast, "its tokenizer is not a fast one: it has no character offsets"
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
@@ -667,9 +668,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
 
     A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
     torch's seed makes LoRA and critic, `rng` draws actions and minibatches, evaluation has its own.
-    How a number is rounded depends on what goes through the LM with it: so new states are sorted,
-    and prompts of the critic go one by one. The checkpoint after each update holds the rest:
-    weights, both Adams, `rng`, log, scale, and the games (nothing in them is random)."""
+    Rounding depends on what goes through the LM together: so new states are sorted, the critic's go
+    one by one. The checkpoint has the rest: weights, both Adams, `rng`, log, scale, the games."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
