@@ -307,7 +307,8 @@ def main():
     defaults = {task: twosome.Args(env=env_of(task), task=task, model=options.model,
                                    policy_lr=1e-3, target_kl=1e9) for task in options.tasks}
     iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
-                                minibatches=4, whole_states=False) for task, args in defaults.items()}
+                                minibatches=4, whole_states=False)
+                  for task, args in defaults.items()}
     if options.only:
         return print(json.dumps(cost(options.only, make_agent(options), *iterations.values())))
 

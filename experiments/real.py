@@ -77,7 +77,7 @@ def jobs(given) -> list[dict]:
         if "food-preparation" in part:
             for seed, task, rate in itertools.product(SEEDS, part, RATES):
                 add("R5", task, f"rate-{rate:g}", seed, policy_lr=rate)
-            # With Adam's usual eps its own rate: on the long tasks, which split states, the default.
+            # With Adam's usual eps its own rate (on the long tasks both are the default).
             for seed, task in itertools.product(SEEDS, part):
                 add("R5", task, SPLIT, seed, policy_lr=1e-3, whole_states=False)
                 add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5, whole_states=False)
