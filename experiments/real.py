@@ -31,7 +31,7 @@ from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TAS
                        mean_steps, never, numbers, outcome, perplexity_change, read_csv, spread,
                        table)
 
-SEEDS = [31, 32, 33]  # settings were searched on others; two were changed for seed 32: causes.md
+SEEDS = [31, 32, 33]  # settings were searched on others; three changed after a look: causes.md
 RATES = [5e-4, 3e-3, 6e-3]  # and 1.5e-3, the default of these two tasks, which R1 has
 PULL, EPS, SPLIT = "pull-0.01", "eps-1e-5", "split-states"
 COST = {"tomato-salad": 240, "tomato-lettuce-salad": 2_000, "food-preparation": 200,
@@ -287,14 +287,14 @@ def report(folder: Path, plan: list[dict]):
          for task in short])]
 
     labels = {"rate-0.0005": "rate 5e-4", "word": "the default", "rate-0.003": "rate 3e-3",
-              "rate-0.006": "rate 6e-3", PULL: "pull-0.01: --kl-coef 0.01",
-              SPLIT: "split-states: rate 1e-3, --whole-states no",
-              EPS: "eps-1e-5: rate 2e-3, --adam-eps 1e-5, --whole-states no"}
+              "rate-0.006": "rate 6e-3", PULL: "--kl-coef 0.01",
+              SPLIT: "rate 1e-3, --whole-states no",
+              EPS: "rate 2e-3, --adam-eps 1e-5, --whole-states no"}
     out += ["## R5 the rate, and a pull towards the untrained policy\n", table(
-        ["task", "setting", "steps until 90% success", "success", "discounted return",
+        ["task", "label", "setting", "steps until 90% success", "success", "discounted return",
          "perplexity, change in %", "BLiMP, change in points"],
-        [[task, setting, never(r), spread(outcome(r, "success")), spread(outcome(r, "return"), 3),
-          spread(perplexity_change(r), 1), spread(points(r), 1)]
+        [[task, label, setting, never(r), spread(outcome(r, "success")),
+          spread(outcome(r, "return"), 3), spread(perplexity_change(r), 1), spread(points(r), 1)]
          for task in tasks if task != "tomato-lettuce-salad" for label, setting in labels.items()
          if (r := pick(task, label))])]
 
@@ -329,9 +329,9 @@ def report(folder: Path, plan: list[dict]):
                                                      f"on_{task}") for t in household} |
                    {"untrained": outcome(pick(task, "untrained-word"), "success")}
                    for task in HOUSEHOLD}, folder / "r2_unseen.png", "success", line=0.8)
-    plot.bars({f"{task}, {setting.split(':')[0]}": {
+    plot.bars({f"{task}, {label}": {
         "perplexity, % (30 at most)": [min(x, 30) for x in perplexity_change(pick(task, label))],
         "BLiMP, points": points(pick(task, label)),
         "return x 10": [10 * x for x in outcome(pick(task, label), "return")]}
-        for task in ("tomato-salad", "food-preparation") for label, setting in labels.items()
+        for task in ("tomato-salad", "food-preparation") for label in labels
         if pick(task, label)}, folder / "r5_rates.png", "change; return x 10")
