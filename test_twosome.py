@@ -61,7 +61,7 @@ PLANS = {"tomato-salad": [0, 2, 4, 0, 1, 3],
          "entertainment": [4, 9, 5, 10, 0, 6, 11, 7, 13, 8, 15]}
 PLANS |= {task: [4, 6, 5, 8, 7, 9] for task in VirtualHomeText.TASKS if task not in PLANS}
 TINY_RUN = ["--steps", "96", "--n-envs", "4", "--rollout-steps", "6", "--device", "cpu",
-            "--standardize", "true"]
+            "--standardize", "true", "--rehearsal-coef", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -402,7 +402,7 @@ def test_updates_move_exactly_lora_and_critic(family):
     agent = an_agent(family)
     rollout = a_rollout(agent, dataclasses.replace(SMALL, rollout_steps=6))
     names = {name for name, _ in agent.named_parameters()}
-    args = rollout, dataclasses.replace(SMALL, epochs=2), random.Random(0)
+    args = rollout, dataclasses.replace(SMALL, epochs=2, rehearsal_coef=1.0), random.Random(0)
     for update, part in ((twosome.update_policy, "lora_"), (twosome.update_value, "critic.")):
         assert moved(agent, update, *args) == {  # Mamba's kernel reads dt_proj past any LoRA
             name for name in names if part in name and "dt_proj" not in name}
@@ -423,23 +423,6 @@ def test_gradient_is_the_policy_gradient():
     for agent.max_prompts in (1, 2):
         got = gradients(agent, rollout, advantage_eps=0.5)
         assert equal(got, expected, 1e-5) and got[0].abs().max() > 1e-3
-
-
-def test_kl_coef_pulls_towards_the_untrained_policy():
-    """Otherwise it would pull elsewhere, or weigh a state by other than the decisions in it."""
-    agent, states = an_agent(), [STATES[0], STATES[1], STATES[0]]
-    with torch.no_grad(), agent.model.disable_adapter():
-        untrained = agent.log_policy(states)
-    policies = agent.log_policy(states)
-    kl = sum(torch.nn.functional.kl_div(first, now, reduction="sum", log_target=True)
-             for first, now in zip(untrained, policies))
-    expected = torch.autograd.grad(0.5 * kl / 3, [
-        p for p in agent.model.parameters() if p.requires_grad])
-    chosen = torch.tensor([0, 1, 2])
-    rollout = SimpleNamespace(states=states, chosen=chosen, advantage=torch.zeros(3), log_prob=(
-        torch.stack([policy[i] for policy, i in zip(policies, chosen)]).detach()))
-    got = gradients(agent, rollout, kl_coef=0.5)
-    assert equal(got, expected, 1e-5) and got[0].abs().max() > 1e-3
 
 
 def test_update_stops_when_the_policy_has_moved_far(monkeypatch):
@@ -488,6 +471,7 @@ def test_optimum_is_reached_by_offered_actions(env_class, task):
         own = Args(args.env, task, model=model)
         assert own.steps == twosome.TASK_STEPS.get(task, (5_120, 3_840))[place]
         assert own.ent_coef == (0.01 if place and task == "tomato-lettuce-salad" else 0)
+        assert own.rehearsal_coef == (place and task != "tomato-lettuce-salad")
         assert own.n_envs == (4 if place and task != "entertainment" else 8)
         short = place and task not in ("tomato-lettuce-salad", "entertainment")
         assert (own.policy_lr, own.adam_eps, own.whole_states) == (
@@ -544,7 +528,7 @@ def test_the_algorithm_stands_alone():
     knobs = SimpleNamespace(
         rollout_steps=8, gae_lambda=0.95, bootstrap_time_limit=True, advantage_eps=1.0,
         policy_lr=2e-3, value_lr=1e-3, epochs=2, minibatches=2, clip_coef=0.2, ent_coef=0.0,
-        kl_coef=0.0, vf_coef=0.5, target_kl=0.02, max_grad_norm=0.5, whole_states=False)
+        rehearsal_coef=0.0, vf_coef=0.5, target_kl=0.02, max_grad_norm=0.5, whole_states=False)
     agent = alone["Agent"](AutoModelForCausalLM.from_pretrained(ROOT / "pocket_lm"),
                            AutoTokenizer.from_pretrained(ROOT / "pocket_lm"))
     playing = [alone["Episode"](OvercookedText("tomato-salad"), 0.99) for _ in range(3)]
@@ -642,7 +626,7 @@ def test_verdict_is_remembered_and_checked_again_on_longer_rows(monkeypatch):
 def test_two_processes_make_the_updates_of_one():
     """Otherwise several GPUs would train something else than one: all processes play the same
     episodes, and divide the passes through the LM."""
-    run = ["--steps", "72", "--rollout-steps", "6", "--device", "cpu"]
+    run = ["--steps", "72", "--rollout-steps", "6", "--device", "cpu", "--rehearsal-coef", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
          str(ROOT / "twosome.py"), *run, "--n-envs", "2", "--out", "two"],
@@ -680,6 +664,31 @@ BAD_MODELS = {  # what is wrong -> (how to make it, a word of the message)
     "encoder": (lambda lm: save_lm(lm, family="bert"), "no causal LM"),
     "tokens across words": (lambda lm: save_lm(lm, style="across words 20"), "has a token across"),
     "short context": (lambda lm: save_lm(lm, max_position_embeddings=16), "at most 16")}
+
+
+def test_rehearsal_pulls_towards_the_untrained_lm():
+    """Otherwise it would pull elsewhere, and the language be lost unnoticed; or the texts would be
+    those of an agent that has learned, and a resumed run rehearse others."""
+    agent, untrained = an_agent(), an_agent()
+    for name, p in untrained.named_parameters():
+        if "lora_B" in name:
+            p.data.zero_()
+    for x in agent, untrained:
+        torch.manual_seed(3)
+        twosome.rehearse(x, 1.0, random.Random(0))
+    written, own = ([ids.tolist() for ids, _ in x.texts] for x in (agent, untrained))
+    assert written == own and len({*map(tuple, own)}) == 32 and {*map(len, own)} == {40}
+    ids = torch.tensor(written[7:8])
+    with torch.no_grad():
+        p_0 = untrained.model(input_ids=ids).logits[0].softmax(-1)
+    log_p = agent.model(input_ids=ids).logits[0].log_softmax(-1)
+    kl = (p_0 * (p_0.log() - log_p)).sum(-1).mean()
+    expected = torch.autograd.grad(0.5 * kl, [
+        p for p in agent.model.parameters() if p.requires_grad])
+    agent.texts, rollout = agent.texts[7:8], a_rollout(agent)
+    rollout.advantage = 0 * rollout.advantage  # nothing else pulls
+    got = gradients(agent, rollout, rehearsal_coef=0.5)
+    assert equal(got, expected, 1e-5) and got[0].abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("make, hint", BAD_MODELS.values(), ids=BAD_MODELS)

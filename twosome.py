@@ -112,9 +112,9 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# Section 5 has faster ones. in_parts: as memory allows; from_all, add_up: with other processes'.
+# Sections 5 and 6 put others here. in_parts: as memory allows; from_all, add_up: of all processes.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
-from_all, add_up = (lambda new: new), (lambda weights, sums: sums)
+from_all, add_up, rehearse = (lambda new: new), (lambda weights, sums: sums), None
 last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); actions: for section 5
     input_ids=torch.tensor([prompt], device=model.device), use_cache=False).last_hidden_state[0]
 
@@ -333,13 +333,10 @@ def update_policy(agent: Agent, rollout, args, rng) -> dict:
             entropy = torch.stack([-(p.exp() * p).sum() for p in policies])[row]  # (n,)
             loss, terms = policy_loss(new_log_prob, rollout.log_prob[index], advantages[index],
                                       entropy, args.clip_coef, args.ent_coef)
-            if args.kl_coef:  # + c_kl KL(pi, pi_0): a pull towards what the LM does untrained, pi_0
-                with torch.no_grad(), agent.model.disable_adapter():
-                    first = agent.log_policy(states)
-                pull = torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(policies, first)])
-                loss = loss + args.kl_coef * pull[row].sum()
             (loss / len(batch)).backward()  # the gradients of the parts add up
             sums += terms
+        if args.rehearsal_coef:  # not the paper's: forget less of the language, see section 6
+            rehearse(agent, args.rehearsal_coef, rng)
         log.append(add_up(weights, sums) / len(batch))  # also adds up all processes' p.grad
         if log[-1][2] > args.target_kl:  # kl: pi is far enough from the policy that played,
             break  # and this step is not taken
@@ -384,7 +381,7 @@ import json
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -539,7 +536,7 @@ last_hidden = lambda model, prompt, actions, plain=last_hidden: decode_above(
 encode = functools.lru_cache(maxsize=100_000)(encode)  # the same states come back all the time
 
 
-# === 6. Any LM: loading one without running anybody's code. =======================================
+# === 6. Any LM: loading one without running anybody's code, and keeping what it knows. ============
 def load_lm(name: str, device: str, dtype: str):
     """Return (model, tokenizer) from a folder or the Hub; refuse what would go wrong in silence."""
     if device == "auto":
@@ -558,20 +555,34 @@ def load_lm(name: str, device: str, dtype: str):
             name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
     except Exception as error:  # a damaged folder can fail in any way, in any library
-        where = "" if Path(name).exists() else " (no such folder here, so the Hub was asked)"
-        raise ValueError(f"cannot load the model {name}{where}: {error}") from error
+        raise ValueError(f"cannot load the model {name}: {error}") from error
     if loaded["missing_keys"]:  # transformers has filled them with random numbers
         raise ValueError(f"the model {name} lacks weights: {', '.join(loaded['missing_keys'])}")
     model = model.to(PartialState().device if device == "cuda" else device)
     if device == "cpu" and model.num_parameters() < 1e7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small matrices gain nothing from a second core
-    # An encoder such as BERT would judge a word by the words behind it.
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2]], device=model.device)
     with torch.no_grad(), InFloat32():
         a, b = model(input_ids=ids, use_cache=False).logits[:, 1]
     if (a - b).abs().max() > 1e-4 * a.abs().max():
         raise ValueError(f"{name} is no causal LM: what it says depends on later words")
     return model, tokenizer
+
+
+def rehearse(agent, coef: float, rng):
+    """Pseudo-rehearsal (Robins, 1995): add the gradients of coef * KL(p_0, p), mean over the tokens
+    of one of 32 texts of 40 tokens that the untrained LM itself writes, from a random first one.
+    p, p_0: probabilities of the next token, with and without the adapter."""
+    texts = vars(agent).setdefault("texts", [])  # (token ids (40,), log p_0 (40, V))
+    log_p = lambda ids: F.log_softmax(agent.model(ids[None], use_cache=False).logits[0].float(), -1)
+    if not texts:
+        first = torch.randint(agent.tokenizer.vocab_size, (32, 1)).to(agent.model.device)
+        with torch.no_grad(), agent.model.disable_adapter():
+            texts += [(ids, log_p(ids)) for ids in agent.model.generate(
+                first, do_sample=True, top_k=0, min_new_tokens=39, max_new_tokens=39)]
+    for ((ids, untrained),) in in_parts([rng.choice(texts)], 1):  # one process does it
+        kl = F.kl_div(log_p(ids), untrained, reduction="sum", log_target=True) / len(ids)
+        (coef * kl).backward()
 
 
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
@@ -645,6 +656,7 @@ def trained_parameters(agent: Agent) -> dict[str, torch.Tensor]:
 
 def save(path: Path, content: str | dict):
     """A kill at any moment leaves the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".tmp")
     with open(half, "wb") as file:  # Python's open: torch's own does not say that a disk is full
         file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
@@ -689,8 +701,6 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             episode.obs, episode.info = episode.env.set_state(state)
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays)
-        if team.is_main_process:  # not earlier: a model that cannot play leaves no folder behind
-            run.mkdir(parents=True, exist_ok=True)
         write(run / "config.json", json.dumps(asdict(args), indent=2))
     trained = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)
     print(f"{args.task}, {args.method}: {sum(p.numel() for p in agent.parameters()):,} weights, of "
@@ -741,8 +751,6 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         "env_steps": env_steps, "seconds": seconds, "before": before, "after": after}, indent=2))
     if after is None:
         return print(f"Nothing was trained. The run is in {run}.")
-    watch = (f"\n  python experiments/watch.py {run}   # see it decide, step by step"
-             if args.env in ("overcooked", "virtualhome") else "")  # it knows no other
     print("after training: ", describe(after))
     show_episode(agent, args, plays)
     print(f"""
@@ -750,9 +758,7 @@ What was learned, in {seconds:.0f} s and {env_steps:,} decisions:
   success  {before['success']:.3f} -> {after['success']:.3f}   (best: 1)
   return   {before['return']:.3f} -> {after['return']:.3f}   (discounted; best: {best:.3f})
 The run is in {run}: {", ".join(sorted(path.name for path in run.glob("*")))}.
-What to do next:
-  python {sys.argv[0]} --evaluate {run}   # more episodes of this agent{watch}
-  python twosome.py --env {next(e for e in ENVS if e != args.env)}   # another world""")
+More episodes of this agent: python {sys.argv[0]} --evaluate {run}""")
 
 
 # === 8. Arguments and command line. For each knob its reason, and the paper's value. ==============
@@ -771,8 +777,7 @@ class Args:
     seed: int = knob(1, "of everything random: LoRA, critic, sampled actions, minibatches")
     out: str = knob("", "the run's folder; without it, a new one under runs/")
     device: str = knob("auto", "auto: cuda, mps or cpu", choices=["auto", "cpu", "cuda", "mps"])
-    dtype: str = knob("float32", "precision of the frozen LLM; LoRA and critic are always float32; "
-                      "paper: float16 throughout", choices=["float32", "bfloat16"])
+    dtype: str = knob("float32", "frozen LLM's; paper: float16", choices=["float32", "bfloat16"])
     n_envs: int | None = knob(None, "games a process: 8; other LMs 4 (entertainment 8); paper: 4")
     rollout_steps: int = knob(64, "decisions of each environment between updates; paper: 32")
     gamma: float | None = knob(None, "of a primitive step: 0.99, VirtualHome 0.95; paper: the same")
@@ -789,29 +794,28 @@ class Args:
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, lettuce 0.01; paper: 0.01")
-    kl_coef: float = knob(0.0, "pull to the untrained policy; 0.01 keeps more of it; paper: none")
+    rehearsal_coef: float | None = knob(None, "keeps the language: 0; other LMs, but lettuce, 1")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
     method: str = knob("twosome", "experiments/baselines.py has others", choices=["twosome"])
 
     def __post_init__(self):
-        if self.env not in ENVS:  # of a run's config.json
-            raise ValueError(f"no environment {self.env} here; known are {', '.join(ENVS)}")
         self.task = self.task or next(iter(ENVS[self.env].TASKS))
         if self.task not in ENVS[self.env].TASKS:
-            known = (f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
-            raise ValueError(f"--env {self.env} has no --task {self.task}; {'; '.join(known)}")
+            known = "; ".join(f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
+            raise ValueError(f"--env {self.env} has no --task {self.task}; {known}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
-        bonus, n_envs, rate, eps, whole = {  # of other LMs; the last are for the short tasks
-            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # a bonus lest it learns to wait
-            "entertainment": (0., 8, 2e-3, 1e-5, False)}.get(self.task, (0., 4, 1.5e-3, 1e-6, True))
+        bonus, n_envs, rate, eps, whole, keep = {  # of other LMs; the last: all tasks but two
+            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False, 0.0),  # bonus: lest it waits
+            "entertainment": (0.0, 8, 2e-3, 1e-5, False, 1.0),
+        }.get(self.task, (0.0, 4, 1.5e-3, 1e-6, True, 1.0))
         for name, (pocket, others) in {
                 "gamma": (gamma, gamma), "steps": TASK_STEPS.get(self.task, (5_120, 3_840)),
                 "n_envs": (8, n_envs), "epochs": (4, 2), "max_prompts": (4, 8),
                 "policy_lr": (2e-3, rate), "adam_eps": (1e-5, eps),
                 "standardize": (False, True), "whole_states": (False, whole),
-                "ent_coef": (0.0, bonus)}.items():
+                "ent_coef": (0.0, bonus), "rehearsal_coef": (0.0, keep)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, pocket if Path(self.model).name == "pocket_lm" else others)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]
@@ -833,8 +837,6 @@ def command(argv, own, make_agent, plays):
     given = parser.parse_args(argv)
     old = given.resume or given.evaluate
     config = json.loads((old / "config.json").read_text()) if old else own
-    if not config.keys() <= {f.name for f in fields(Args)}:
-        raise ValueError(f"{old} is no run's folder: its config.json is another program's")
     parser.set_defaults(**config)  # and now with these in place of those of Args
     given = vars(parser.parse_args(argv))
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
@@ -868,8 +870,6 @@ def main(argv=None, own={}, make_agent=make_agent, plays=Episode):
     except (Exception, KeyboardInterrupt) as error:
         if sys.flags.dev_mode:
             raise
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            error.add_note("(lower --max-prompts, or take --dtype bfloat16 or a smaller model)")
         text = " ".join([str(error), *getattr(error, "__notes__", ())]).split()
         plain = isinstance(error, (ValueError, OSError))
         print("twosome.py:", *([] if plain else [type(error).__name__]), *text, file=sys.stderr)
