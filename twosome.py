@@ -561,6 +561,7 @@ def load_lm(name: str, device: str, dtype: str):
     model = model.to(PartialState().device if device == "cuda" else device)
     if device == "cpu" and model.num_parameters() < 1e7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small matrices gain nothing from a second core
+    # An encoder such as BERT would judge a word by the words behind it.
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2]], device=model.device)
     with torch.no_grad(), InFloat32():
         a, b = model(input_ids=ids, use_cache=False).logits[:, 1]
@@ -794,7 +795,7 @@ class Args:
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, lettuce 0.01; paper: 0.01")
-    rehearsal_coef: float | None = knob(None, "keeps the language: 0; other LMs, but lettuce, 1")
+    rehearsal_coef: float | None = knob(None, "keeps the language: 0; other LMs, short tasks 1")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -806,16 +807,15 @@ class Args:
             known = "; ".join(f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
             raise ValueError(f"--env {self.env} has no --task {self.task}; {known}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
-        bonus, n_envs, rate, eps, whole, keep = {  # of other LMs; the last: all tasks but two
-            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False, 0.0),  # bonus: lest it waits
-            "entertainment": (0.0, 8, 2e-3, 1e-5, False, 1.0),
-        }.get(self.task, (0.0, 4, 1.5e-3, 1e-6, True, 1.0))
+        bonus, n_envs, rate, eps, short = {  # of other LMs
+            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # a bonus lest it learns to wait
+            "entertainment": (0., 8, 2e-3, 1e-5, False)}.get(self.task, (0., 4, 1.5e-3, 1e-6, True))
         for name, (pocket, others) in {
                 "gamma": (gamma, gamma), "steps": TASK_STEPS.get(self.task, (5_120, 3_840)),
                 "n_envs": (8, n_envs), "epochs": (4, 2), "max_prompts": (4, 8),
                 "policy_lr": (2e-3, rate), "adam_eps": (1e-5, eps),
-                "standardize": (False, True), "whole_states": (False, whole),
-                "ent_coef": (0.0, bonus), "rehearsal_coef": (0.0, keep)}.items():
+                "standardize": (False, True), "whole_states": (False, short),
+                "ent_coef": (0.0, bonus), "rehearsal_coef": (0.0, float(short))}.items():
             if getattr(self, name) is None:
                 setattr(self, name, pocket if Path(self.model).name == "pocket_lm" else others)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]
