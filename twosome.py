@@ -571,17 +571,18 @@ def load_lm(name: str, device: str, dtype: str):
 
 
 def rehearse(agent, coef: float, rng):
-    """Pseudo-rehearsal (Robins, 1995): add the gradients of coef * KL(p_0, p), mean over the tokens
-    of one of 32 texts of 40 tokens that the untrained LM itself writes, from a random first one.
-    p, p_0: probabilities of the next token, with and without the adapter."""
-    texts = vars(agent).setdefault("texts", [])  # (token ids (40,), log p_0 (40, V))
+    """Pseudo-rehearsal (Robins, 1995), at each step of the policy. The LM without adapter has once
+    written 32 texts of 40 tokens, each from a random first token. One is drawn, and the gradients
+    of coef * KL(p_0, p), mean over its tokens, are added (of the next token; p_0: without adapter).
+    """
+    texts = vars(agent).setdefault("texts", [])  # (ids (40,), log p_0 (40, V))
     log_p = lambda ids: F.log_softmax(agent.model(ids[None], use_cache=False).logits[0].float(), -1)
     if not texts:
         first = torch.randint(agent.tokenizer.vocab_size, (32, 1)).to(agent.model.device)
         with torch.no_grad(), agent.model.disable_adapter():
-            texts += [(ids, log_p(ids)) for ids in agent.model.generate(
-                first, do_sample=True, top_k=0, min_new_tokens=39, max_new_tokens=39)]
-    for ((ids, untrained),) in in_parts([rng.choice(texts)], 1):  # one process does it
+            texts += [(ids, log_p(ids)) for ids in agent.model.generate(first, do_sample=True,
+                      temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40)]
+    for ((ids, untrained),) in in_parts([rng.choice(texts)], 1):  # all draw, the first computes
         kl = F.kl_div(log_p(ids), untrained, reduction="sum", log_target=True) / len(ids)
         (coef * kl).backward()
 
@@ -680,7 +681,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     """Train an agent on episodes of the kind `plays`; a folder with a checkpoint is resumed.
 
     A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
-    torch's seed makes LoRA and critic, `rng` draws actions and minibatches, evaluation has its own.
+    torch's seed makes LoRA, critic and `rehearse`'s texts, `rng` draws actions and minibatches.
     Rounding depends on what goes through the LM together: so new states are sorted, the critic's go
     one by one. The checkpoint has the rest: weights, both Adams, `rng`, log, scale, the games."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
@@ -795,7 +796,7 @@ class Args:
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, lettuce 0.01; paper: 0.01")
-    rehearsal_coef: float | None = knob(None, "keeps the language: 0; other LMs, short tasks 0.1")
+    rehearsal_coef: float | None = knob(None, "rehearsal: 0; other LMs, short tasks .1; paper: no")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -807,7 +808,7 @@ class Args:
             known = "; ".join(f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
             raise ValueError(f"--env {self.env} has no --task {self.task}; {known}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
-        bonus, n_envs, rate, eps, short = {  # of other LMs
+        bonus, n_envs, rate, eps, short = {  # of other LMs; short: all tasks but these two
             "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # a bonus lest it learns to wait
             "entertainment": (0., 8, 2e-3, 1e-5, False)}.get(self.task, (0., 4, 1.5e-3, 1e-6, True))
         for name, (pocket, others) in {
