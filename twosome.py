@@ -573,8 +573,7 @@ def load_lm(name: str, device: str, dtype: str):
 def rehearse(agent, coef: float, rng):
     """Pseudo-rehearsal (Robins, 1995), at each step of the policy. The LM without adapter has once
     written 32 texts of 40 tokens, each from a random first token. One is drawn, and the gradients
-    of coef * KL(p_0, p), mean over its tokens, are added (of the next token; p_0: without adapter).
-    """
+    of coef * KL(p_0, p), mean over its next tokens, are added; p_0: without the adapter."""
     texts = vars(agent).setdefault("texts", [])  # (ids (40,), log p_0 (40, V))
     log_p = lambda ids: F.log_softmax(agent.model(ids[None], use_cache=False).logits[0].float(), -1)
     if not texts:
