@@ -1204,7 +1204,7 @@ def test_saycan_is_sensible_times_possible():
 @pytest.mark.parametrize("method", ["ppo", "saycan"])
 def test_baselines_run_resume_and_load(method, capsys):
     """Otherwise comparisons would break off, or not be repeatable."""
-    run = ["--method", method, *TINY_RUN, "--rehearsal-coef", "0"]  # they have no such thing
+    run = ["--method", method, *TINY_RUN, "--rehearsal-coef", "0"]  # they rehearse nothing
     baselines.main([*run, "--out", "whole"])
     assert re.search(r"^  \d\.\d\d  [a-z ]+$", capsys.readouterr().out, re.M)  # an action in words
     collect, calls = twosome.collect, iter([None] * 3)

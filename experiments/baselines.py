@@ -23,11 +23,11 @@ import twosome  # noqa: E402
 from twosome import Agent, Episode, minibatches  # noqa: E402
 
 # PPO's settings were searched as TWOSOME's were, on the same seeds (results/search.csv).
-OWN = {"ppo": {"policy_lr": 1e-3, "epochs": 10, "minibatches": 4, "ent_coef": 0.01,
-               "target_kl": 0.05, "advantage_eps": 0.1, "adam_eps": 1e-5, "whole_states": False,
-               "rehearsal_coef": 0.0},
-       "saycan": {"epochs": 10, "minibatches": 4, "adam_eps": 1e-5, "whole_states": False,
-                  "rehearsal_coef": 0.0},
+BOTH = {"epochs": 10, "minibatches": 4, "adam_eps": 1e-5, "whole_states": False,
+        "rehearsal_coef": 0.0}
+OWN = {"ppo": BOTH | {"policy_lr": 1e-3, "ent_coef": 0.01, "target_kl": 0.05,
+                      "advantage_eps": 0.1},
+       "saycan": BOTH,
        "random": {"steps": 0}}
 
 
