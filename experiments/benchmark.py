@@ -16,6 +16,7 @@ default update  twosome.py's own: n_envs x rollout_steps decisions (512; LMs oth
                 measured whole. The plain way is not run but multiplied out, from each of its
                 iterations above: decisions x (rollout / 128 + epochs x (value update + policy
                 update) / 128). (The tokens a decision of the two rollouts differ by 1 to 5%.)
+                Neither rehearses: that would cost both the same.
 GFLOP, MiB      of an iteration, each way in a fresh process; CPU: resident memory, CUDA: allocated
 parity          the largest difference of a probability between the two ways, over all states of the
                 iteration, after one update; above 1e-5 in float32 this script fails
@@ -305,7 +306,8 @@ def main():
     # All of an update: no early end where the policy has moved far.
     env_of = lambda task: "overcooked" if task.endswith("salad") else "virtualhome"
     defaults = {task: twosome.Args(env=env_of(task), task=task, model=options.model,
-                                   policy_lr=1e-3, target_kl=1e9) for task in options.tasks}
+                                   policy_lr=1e-3, target_kl=1e9, rehearsal_coef=0.0)
+                for task in options.tasks}
     iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
                                 minibatches=4, whole_states=False)
                   for task, args in defaults.items()}
