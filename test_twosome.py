@@ -943,7 +943,7 @@ def test_mistakes_in_python(capsys, monkeypatch):
     """Otherwise who calls main() from a notebook would get something else than at the command line;
     or a programmer who asks for it, by -X dev, would not see where an error comes from."""
     line = fails(capsys, "--task", "soup")
-    assert line.startswith("twosome.py: --env overcooked has no --task soup; overcooked has")
+    assert line.startswith("twosome.py: --env overcooked has no --task soup here; overcooked has")
     broken = functools.partial(twosome.main, make_agent=lambda args: {}["no"])
     assert "KeyError 'no'" in fails(capsys, main=broken)
     flags = SimpleNamespace(dev_mode=True)
@@ -1384,9 +1384,10 @@ def test_readme_commands_are_understood(readme):
 def test_readme_environment(monkeypatch):
     """Otherwise the lines that a teacher copies for an environment of their own would not run."""
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
-    with patch.dict(twosome.ENVS):
-        monkeypatch.setattr(sys, "argv", ["lamp.py", "--out", "run"])
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    for flags in (["--out", "run", "--steps", "1536"], ["--resume", "run"]):
+        with patch.dict(twosome.ENVS):
+            monkeypatch.setattr(sys, "argv", ["lamp.py", *flags])
+            exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     assert summary("run")["after"]["success"] > 0.9
 
 

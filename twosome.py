@@ -803,9 +803,9 @@ class Args:
 
     def __post_init__(self):
         self.task = self.task or next(iter(ENVS[self.env].TASKS))
-        if self.task not in ENVS[self.env].TASKS:
+        if self.task not in getattr(ENVS.get(self.env), "TASKS", ()):
             known = "; ".join(f"{env} has {', '.join(ENVS[env].TASKS)}" for env in ENVS)
-            raise ValueError(f"--env {self.env} has no --task {self.task}; {known}")
+            raise ValueError(f"--env {self.env} has no --task {self.task} here; {known}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
         bonus, n_envs, rate, eps, short = {  # of other LMs; short: all tasks but these two
             "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # a bonus lest it learns to wait

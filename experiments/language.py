@@ -137,10 +137,13 @@ def main():
             real_language, wikitext=given.wikitext, blimp=given.blimp)
     else:
         right, measure = "true ending of four", language
-    print(f"run, perplexity before -> after (change), {right} before -> after")
+    print(f"run, perplexity before -> after (change), {right} before -> after", flush=True)
     for run in given.runs:
         try:
             agent = load(run)
+            if not given.wikitext and agent.model.num_parameters() > 1e7:
+                raise ValueError("a real LLM needs --wikitext and --blimp; the head of this script "
+                                 "says where they are")
             with agent.model.disable_adapter():
                 before = measure(agent.model, agent.tokenizer)
             after = measure(agent.model, agent.tokenizer)

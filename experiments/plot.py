@@ -86,7 +86,8 @@ def learning_curves(panels: dict[str, dict[str, list]], path: Path):
     plt = pyplot()
     figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5.2),
                                 squeeze=False, sharex="col", layout="constrained")
-    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    most_first = sorted(panels.values(), key=len, reverse=True)  # so any two figures agree
+    labels = list(dict.fromkeys(label for lines in most_first for label in lines))
     styles = {label: STYLES[i % len(STYLES)] for i, label in enumerate(labels)}
     for column, (task, lines) in zip(axes.T, panels.items()):
         marks = {"best": (1, OPTIMUM[task]), "random": RANDOM[task]} if task in OPTIMUM else {}
