@@ -795,7 +795,7 @@ class Args:
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, lettuce 0.01; paper: 0.01")
-    rehearsal_coef: float | None = knob(None, "rehearsal: 0; other LMs, short tasks .1; paper: no")
+    rehearsal_coef: float | None = knob(None, "rehearsal: 0; other LMs, but lettuce .1; paper: no")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -815,7 +815,7 @@ class Args:
                 "n_envs": (8, n_envs), "epochs": (4, 2), "max_prompts": (4, 8),
                 "policy_lr": (2e-3, rate), "adam_eps": (1e-5, eps),
                 "standardize": (False, True), "whole_states": (False, short),
-                "ent_coef": (0.0, bonus), "rehearsal_coef": (0.0, 0.1 if short else 0.0)}.items():
+                "ent_coef": (0.0, bonus), "rehearsal_coef": (0.0, 0.0 if bonus else 0.1)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, pocket if Path(self.model).name == "pocket_lm" else others)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]
