@@ -77,7 +77,7 @@ def jobs(given) -> list[dict]:
         if "food-preparation" in part:
             for seed, task, rate in itertools.product(SEEDS, part, RATES):
                 add("R5", task, f"rate-{rate:g}", seed, policy_lr=rate, rehearsal_coef=0)
-            # With Adam's usual eps its own rate (on the long tasks both are the default).
+            # With the paper's eps its own rate (on the long tasks both are the default).
             for seed, task in itertools.product(SEEDS, part):
                 add("R5", task, MORE, seed, rehearsal_coef=1)
                 add("R5", task, SPLIT, seed, policy_lr=1e-3, whole_states=False, rehearsal_coef=0)
@@ -189,7 +189,7 @@ def report(folder: Path, plan: list[dict]):
     tasks = [task for task in TASKS if pick(task, "word")]
     out = ["# Results of a real LLM\n",
            f"Made by `python experiments/reproduce.py real` with {Path(MODEL).name} "
-           f"(get_smollm2.py): {len(rows)} of {len(plan)} jobs, seeds "
+           f"(4-bit weights, get_smollm2.py): {len(rows)} of {len(plan)} jobs, seeds "
            f"{', '.join(map(str, SEEDS))}. Numbers are the mean over seeds with the lowest and the "
            "highest in brackets; success and return are exact (exact.py).\n"]
     if len(rows) < len(plan):
