@@ -521,7 +521,7 @@ def test_rates_fall_to_zero(monkeypatch):
 def test_the_algorithm_stands_alone():
     """Otherwise who reads or copies the first half of the file would not have the algorithm: it
     must run by itself, by the plain definition, and learn what the whole program learns."""
-    text, line, _ = (ROOT / "twosome.py").read_text().partition("# === Here the algorithm ends")
+    text, line, _ = (ROOT / "twosome.py").read_text().partition("# === Here the paper")
     alone = {"__name__": "alone"}
     exec(compile(text, "twosome.py, the algorithm", "exec"), alone)
     torch.manual_seed(1)
@@ -859,6 +859,8 @@ def test_nothing_is_ever_earned(capsys):
     assert row["env_steps"] == "8000" and row["policy_loss"] == row["value_loss"] == ""
     assert json.loads(Path("run/summary.json").read_text())["env_steps"] == 8000
     assert all((p == 0).all() for name, p in checkpoint("run")["weights"].items() if "_B" in name)
+    twosome.main(["--resume", "run"], plays=Unlucky)  # nor go on where it had stopped
+    assert metrics("run") == [row]
     twosome.main(["--evaluate", "run"], plays=Unlucky)
 
 

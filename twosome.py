@@ -7,8 +7,8 @@ learning: nudge a small adapter (LoRA) so that what turned out well is likelier;
 
     python twosome.py --env overcooked        # half a minute on a CPU core; --help lists all flags
 
-Sections 1 to 4 (prompts, scoring, the actor-critic, PPO) are the whole algorithm. Section 5: the
-same numbers, faster; 6: any LM; 7: a run; 8: the command line, and `args`, the knobs used above.
+Sections 1 to 4 (prompts, scoring, the actor-critic, PPO) are the paper's algorithm. 5: the same
+numbers, faster; 6: any LM, `rehearse`; 7: a run; 8: the command line, `args`, all knobs used above.
 """
 
 import os
@@ -39,7 +39,7 @@ def build_prompt(obs: str, goal: str) -> str:
 
 
 # === 2. Scoring: how likely is each action as the ending of the prompt, in the eyes of the LM? ====
-# Shapes: B states with K actions each; R rows of L tokens; H hidden units; V tokens to choose from.
+# Shapes: B states with K_b actions; R rows of L tokens; H hidden units; V tokens to choose from.
 # (In formulas V(s) is a value, R a return, L a loss, H(pi) an entropy, r a reward or a ratio.)
 def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
     """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
@@ -68,8 +68,8 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
     encoded: B pairs from `encode`. Returns B float32 tensors (K_b,)."""
     rows = [(prompt, action) for prompt, actions in encoded for action in actions]
     ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt + action) for prompt, action in rows],
-                                    batch_first=True).to(model.device)  # (R, L), filled at the end
-    logits = model(input_ids=ids, use_cache=False).logits  # (R, L, V); no token sees later ones
+                                    batch_first=True).to(model.device)  # (R, L), padded at the end
+    logits = model(input_ids=ids, use_cache=False).logits  # (R, L, V); causal: padding is not seen
     log_p = F.log_softmax(logits[:, :-1].float(), dim=-1)  # (R, L-1, V); column t predicts t + 1
     log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (R, L-1)
     joint = torch.stack([log_p[r, len(prompt) - 1:len(prompt) - 1 + len(action)].sum()
@@ -126,11 +126,11 @@ class Agent(nn.Module):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
         # LoRA adds to a frozen matrix the product of two thin ones, at first 0. Paper: queries and
-        # values of all blocks; ours: all matrices of the last ten (section 5 runs the rest once).
+        # values of all blocks; ours: the last ten's matrices (section 5 runs the rest only once).
         blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
         last = {*blocks[-10:].modules()}
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
-        self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba takes W without LoRA
+        self.model = get_peft_model(model, LoraConfig(  # but out_proj, of which Mamba takes W only
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
             exclude_modules=skip)).eval()  # W + 16/8 B A: B (out, 8) is 0, A random; no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
@@ -143,7 +143,7 @@ class Agent(nn.Module):
         self.optimizers = {"policy": adam(self.model), "value": adam(self.critic)}
         self.features_memory = {}  # state -> (H,): the frozen LM's, so for good
         self.policy_memory = {}  # state -> log pi(. | s) (K,): until the policy moves
-        self.scale = None if standardize else (0.0, 1.0)  # mean of each feature, one deviation
+        self.scale = None if standardize else (0.0, 1.0)  # (means, a deviation); None: not yet
 
     def log_policy(self, states) -> list[torch.Tensor]:
         """log pi(. | s) for B states: B tensors (K_b,), with gradients."""
@@ -166,7 +166,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def features(self, states) -> torch.Tensor:
         """What the critic sees, (B, H): the prompt's last hidden state, without the adapter: so it
-        never changes; a prompt at a time, so no rounding depends on the others; standardized."""
+        never changes; a prompt at a time, so no rounding depends on the others; then scaled."""
         for state in set(states) - self.features_memory.keys():
             with self.model.disable_adapter():
                 hidden = last_hidden(self.model, *encode(self.tokenizer, *state))
@@ -187,7 +187,7 @@ class Agent(nn.Module):
 
 # === 4. PPO: play with the present policy, judge each decision by what followed, move a little. ===
 class Episode:
-    """Games, one after another: `env` has a goal and Gymnasium's reset and step; info: "actions"
+    """A game, then the next: `env` has a goal and Gymnasium's reset and step; info: "actions"
     (index -> phrase; the offered ones), "primitive_steps", "success", which earns about 1."""
 
     def __init__(self, env, gamma: float):
@@ -240,7 +240,7 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     """Play T = `rollout_steps` decisions in each of N environments and judge them. An unfinished
     episode goes on in the next rollout; the critic's value stands for the rest of it. While all r
-    are 0 (household), all A are but the critic's errors: play on, up to 1000 T, keep the last T."""
+    are 0 (VirtualHome), A is only the critic's errors: play on, up to 1000 T, keep the last T."""
     size, env_steps = args.rollout_steps * len(playing), 0
     decisions = deque(maxlen=size)  # the latest T * N
     while env_steps < size or (env_steps < 1000 * size and not any(d["reward"] for d in decisions)):
@@ -298,13 +298,13 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
 
 
 def minibatches(states, args, rng: random.Random):
-    """In each epoch the indices of all n decisions, shuffled, in m nearly equal parts. With
-    whole_states a state's decisions stay together (but at a cut): one pass an epoch, not m."""
+    """In each epoch the indices of all n decisions, shuffled, in m nearly equal parts. whole_states
+    keeps a state's decisions together (except at a cut): it goes through the LM once an epoch."""
     n, m = len(states), args.minibatches
     for _ in range(args.epochs):
         order = rng.sample(range(n), n)
         if args.whole_states:
-            place = {state: rng.random() for state in dict.fromkeys(states)}  # (no set: order)
+            place = {state: rng.random() for state in dict.fromkeys(states)}  # (a set has no order)
             order.sort(key=lambda i: place[states[i]])
         yield from (order[n * i // m:n * (i + 1) // m] if args.whole_states else order[i::m]
                     for i in range(m))
@@ -356,7 +356,7 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
         value = agent.critic(features[batch]).squeeze(-1)
         clipped = old[batch] + (value - old[batch]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((value - returns[batch]) ** 2, (clipped - returns[batch]) ** 2)
-        loss = args.vf_coef * 0.5 * error.mean()  # Adam ignores a factor, clipping does not
+        loss = args.vf_coef * 0.5 * error.mean()  # Adam ignores a fixed factor, clipping does not
         agent.optimizers["value"].zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
@@ -375,7 +375,7 @@ def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, fi
         yield rollout, agent.learn(rollout, args, rng) if rollout.advantage.any() else {}
 
 
-# === Here the algorithm ends. Everything below is efficiency and comfort. =========================
+# === Here the paper's algorithm ends. Below: efficiency, comfort, and `rehearse` (section 6). =====
 import functools
 import json
 import sys
@@ -555,7 +555,8 @@ def load_lm(name: str, device: str, dtype: str):
             name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
     except Exception as error:  # a damaged folder can fail in any way, in any library
-        raise ValueError(f"cannot load the model {name}: {error}") from error
+        kind = "a folder" if Path(name).is_dir() else "no folder here, so one of the Hub"
+        raise ValueError(f"cannot load the model {name} ({kind}): {error}") from error
     if loaded["missing_keys"]:  # transformers has filled them with random numbers
         raise ValueError(f"the model {name} lacks weights: {', '.join(loaded['missing_keys'])}")
     model = model.to(PartialState().device if device == "cuda" else device)
@@ -680,7 +681,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     """Train an agent on episodes of the kind `plays`; a folder with a checkpoint is resumed.
 
     A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
-    torch's seed makes LoRA, critic and `rehearse`'s texts, `rng` draws actions and minibatches.
+    torch's seed makes LoRA, critic and `rehearse`'s texts; `rng` draws all else (no game has dice).
     Rounding depends on what goes through the LM together: so new states are sorted, the critic's go
     one by one. The checkpoint has the rest: weights, both Adams, `rng`, log, scale, the games."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
@@ -711,7 +712,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
     updates = practise(agent, playing, args, rng, n_updates, len(rows))
     try:
-        while len(rows) < n_updates:
+        while len(rows) < n_updates and not (rows and rows[-1]["policy_loss"] == ""):
             started, update = time.perf_counter(), len(rows) + 1
             # How good is the policy that plays now? New episodes tell. Those that end within a
             # rollout would not: the short, successful ones end first.
@@ -738,7 +739,6 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             bar.update(steps_per_update)
             if not learned:
                 bar.write(f"nothing was earned in {rollout.env_steps:,} decisions: stopped")
-                break
     except (Exception, KeyboardInterrupt) as error:  # a full disk, Ctrl-C, ...
         error.add_note(f"stopped after {len(rows)} of {n_updates} updates; go on with "
                        f"python {sys.argv[0]} --resume {run}")
@@ -773,7 +773,7 @@ class Args:
     task: str = knob("", "a task of the environment; without it, its first one")
     norm: str = knob("word", "what an action's log-probability is divided by: its words (the "
                      "paper's best), its tokens, or nothing", choices=["word", "token", "none"])
-    model: str = knob("pocket_lm", "a folder or a Hub id of any causal LM; paper: LLaMA-7B")
+    model: str = knob("pocket_lm", "a tiny one of ours, or a folder or Hub id; paper: LLaMA-7B")
     steps: int | None = knob(None, "decisions to learn from, 0: none; paper: 50,000 to 500,000")
     seed: int = knob(1, "of everything random: LoRA, critic, sampled actions, minibatches")
     out: str = knob("", "the run's folder; without it, a new one under runs/")
@@ -794,7 +794,7 @@ class Args:
     whole_states: bool | None = knob(None, "a state in one step: other LMs, short tasks; paper: no")
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
-    ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs, lettuce 0.01; paper: 0.01")
+    ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs on lettuce 0.01; paper: 0.01")
     rehearsal_coef: float | None = knob(None, "rehearsal: 0; other LMs, but lettuce .1; paper: no")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
