@@ -712,7 +712,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
     updates = practise(agent, playing, args, rng, n_updates, len(rows))
     try:
-        while len(rows) < n_updates and not (rows and rows[-1]["policy_loss"] == ""):
+        while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):
             started, update = time.perf_counter(), len(rows) + 1
             # How good is the policy that plays now? New episodes tell. Those that end within a
             # rollout would not: the short, successful ones end first.
@@ -795,7 +795,7 @@ class Args:
     max_prompts: int | None = knob(None, "states a pass (memory): pocket_lm 4, others 8; paper: 4")
     clip_coef: float = knob(0.2, "PPO's clipping of the ratio and of the value; paper: the same")
     ent_coef: float | None = knob(None, "entropy bonus: 0; other LMs on lettuce 0.01; paper: 0.01")
-    rehearsal_coef: float | None = knob(None, "rehearsal: 0; other LMs, but lettuce .1; paper: no")
+    rehearsal_coef: float | None = knob(None, "rehearsal: pocket_lm 0, others 0.1; paper: none")
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
@@ -815,7 +815,7 @@ class Args:
                 "n_envs": (8, n_envs), "epochs": (4, 2), "max_prompts": (4, 8),
                 "policy_lr": (2e-3, rate), "adam_eps": (1e-5, eps),
                 "standardize": (False, True), "whole_states": (False, short),
-                "ent_coef": (0.0, bonus), "rehearsal_coef": (0.0, 0.0 if bonus else 0.1)}.items():
+                "ent_coef": (0.0, bonus), "rehearsal_coef": (0.0, 0.1)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, pocket if Path(self.model).name == "pocket_lm" else others)
         numbers = [x for x in vars(self).values() if type(x) in (int, float)]

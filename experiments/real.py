@@ -83,9 +83,8 @@ def jobs(given) -> list[dict]:
                 add("R5", task, SPLIT, seed, policy_lr=1e-3, whole_states=False, rehearsal_coef=0)
                 add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5, whole_states=False,
                     rehearsal_coef=0)
-        if "tomato-lettuce-salad" not in part:  # whose default is without
-            for seed, task in itertools.product(SEEDS, part):
-                add("R5", task, FREE, seed, rehearsal_coef=0)
+        for seed, task in itertools.product(SEEDS, part):
+            add("R5", task, FREE, seed, rehearsal_coef=0)
         for task, change in itertools.product(part, [*PRINCIPLES, *WORDINGS]):
             if change != "new-words" and (task == "tomato-salad" or change != "one-wording"):
                 add("R4", task, f"untrained-{change}", SEEDS[0], change=change, cost=40, steps=0)
@@ -299,7 +298,7 @@ def report(folder: Path, plan: list[dict]):
          "perplexity, change in %", "BLiMP, change in points"],
         [[task, label, setting, never(r), spread(outcome(r, "success")),
           spread(outcome(r, "return"), 3), spread(perplexity_change(r), 1), spread(points(r), 1)]
-         for task in tasks if task != "tomato-lettuce-salad" for label, setting in labels.items()
+         for task in tasks for label, setting in labels.items()
          if (r := pick(task, label))])]
 
     both = [task for task in tasks if pick(task, "word", full)]
