@@ -130,7 +130,7 @@ class Agent(nn.Module):
         blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
         last = {*blocks[-10:].modules()}
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
-        self.model = get_peft_model(model, LoraConfig(  # but out_proj, of which Mamba takes W only
+        self.model = get_peft_model(model, LoraConfig(  # no out_proj: Mamba takes its W alone
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
             exclude_modules=skip)).eval()  # W + 16/8 B A: B (out, 8) is 0, A random; no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
@@ -681,7 +681,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     """Train an agent on episodes of the kind `plays`; a folder with a checkpoint is resumed.
 
     A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
-    torch's seed makes LoRA, critic and `rehearse`'s texts; `rng` draws all else (no game has dice).
+    torch's seed makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's.
     Rounding depends on what goes through the LM together: so new states are sorted, the critic's go
     one by one. The checkpoint has the rest: weights, both Adams, `rng`, log, scale, the games."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
@@ -712,7 +712,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
     updates = practise(agent, playing, args, rng, n_updates, len(rows))
     try:
-        while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):
+        while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):  # stopped
             started, update = time.perf_counter(), len(rows) + 1
             # How good is the policy that plays now? New episodes tell. Those that end within a
             # rollout would not: the short, successful ones end first.

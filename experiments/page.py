@@ -286,9 +286,9 @@ def movie(agent, args, path: Path):
             if icon == "veil":
                 axes.add_patch(patches.Rectangle((x, y), size, label, fc="#20242a", alpha=.55))
                 continue
-            axes.text(x + size / 2, y + (.04 if is_room else .92 * size), fontsize=6.5,
-                      s=label.replace(" ", "\n") if is_room else label, ha="center",
-                      va="top" if is_room else "baseline", zorder=3)
+            at = ({"y": y + .04, "s": label.replace(" ", "\n"), "va": "top"} if is_room else
+                  {"y": y + .92 * size, "s": label})
+            axes.text(x=x + size / 2, fontsize=6.5, ha="center", zorder=3, **at)
             for kind, *values in ICONS[icon]:
                 if kind == "p":
                     points = np.reshape(values[1:], (-1, 2)) * size + (x, y)

@@ -71,6 +71,7 @@ def jobs(given) -> list[dict]:
         for seed, task in itertools.product(SEEDS, part):
             for norm in norms(task):
                 add("R1", task, norm, seed, norm=norm)
+            add("R5", task, FREE, seed, rehearsal_coef=0)
             for method, n_envs in (("saycan", 8), ("ppo", 4)):  # SayCan: as in `full`
                 add("R1", task, method, seed, cost=20, method=method, n_envs=n_envs,
                     steps=reproduce.BASELINE_STEPS[task])
@@ -83,8 +84,6 @@ def jobs(given) -> list[dict]:
                 add("R5", task, SPLIT, seed, policy_lr=1e-3, whole_states=False, rehearsal_coef=0)
                 add("R5", task, EPS, seed, policy_lr=2e-3, adam_eps=1e-5, whole_states=False,
                     rehearsal_coef=0)
-        for seed, task in itertools.product(SEEDS, part):
-            add("R5", task, FREE, seed, rehearsal_coef=0)
         for task, change in itertools.product(part, [*PRINCIPLES, *WORDINGS]):
             if change != "new-words" and (task == "tomato-salad" or change != "one-wording"):
                 add("R4", task, f"untrained-{change}", SEEDS[0], change=change, cost=40, steps=0)
