@@ -575,16 +575,18 @@ def rehearse(agent, coef: float, rng):
     """Pseudo-rehearsal (Robins, 1995), at each step of the policy. The LM without adapter has once
     written 32 texts of 40 tokens, each from a random first token. One is drawn, and the gradients
     of coef * KL(p_0, p), mean over its next tokens, are added; p_0: without the adapter."""
-    texts = vars(agent).setdefault("texts", [])  # (ids (40,), log p_0 (40, V))
-    log_p = lambda ids: F.log_softmax(agent.model(ids[None], use_cache=False).logits[0].float(), -1)
+    model, texts = agent.model, vars(agent).setdefault("texts", [])  # (40 ids, log p_0 (40, V))
+    log_p = lambda ids: F.log_softmax((  # as of a state's prompt, the frozen blocks run only once
+        model.get_output_embeddings()(last_hidden(model, ids, [[0]]))  # [[0]]: any action
+        if may_pack(model, [(ids, [[0]])]) else
+        model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]).float(), dim=-1)
     if not texts:
-        first = torch.randint(agent.tokenizer.vocab_size, (32, 1)).to(agent.model.device)
-        with torch.no_grad(), agent.model.disable_adapter():
-            texts += [(ids, log_p(ids)) for ids in agent.model.generate(first, do_sample=True,
-                      temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40)]
+        with torch.no_grad(), model.disable_adapter():
+            texts += [(ids, log_p(ids)) for ids in model.generate(
+                torch.randint(agent.tokenizer.vocab_size, (32, 1)).to(model.device), do_sample=True,
+                temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40).tolist()]
     for ((ids, untrained),) in in_parts([rng.choice(texts)], 1):  # all draw, the first computes
-        kl = F.kl_div(log_p(ids), untrained, reduction="sum", log_target=True) / len(ids)
-        (coef * kl).backward()
+        (coef * F.kl_div(log_p(ids), untrained, reduction="batchmean", log_target=True)).backward()
 
 
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
@@ -646,8 +648,7 @@ def show_episode(agent: Agent, args, plays=Episode):
     print(f"\none episode (probability of the chosen action{trained}):")
     for episode, before, after, action in play(agent, args, plays):
         past = "" if before is None else f"{before[action].exp():.2f} -> "
-        phrase = list(episode.info["actions"].values())[action]
-        print(f"  {past}{after[action].exp():.2f}  {phrase}")
+        print(f"  {past}{after[action].exp():.2f} ", [*episode.info["actions"].values()][action])
     print(f"  success: {episode.info['success']}, discounted return {episode.ret:.3f}")
 
 
@@ -678,12 +679,11 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
 
 
 def train(args, agent: Agent, run: Path, plays=Episode):
-    """Train an agent on episodes of the kind `plays`; a folder with a checkpoint is resumed.
-
-    A run repeats itself to the last byte (seconds aside), in one go or resumed, on one machine:
-    torch's seed makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's.
-    Rounding depends on what goes through the LM together: so new states are sorted, the critic's go
-    one by one. The checkpoint has the rest: weights, both Adams, `rng`, log, scale, the games."""
+    """Train on episodes of the kind `plays`; a folder with a checkpoint is resumed. A run repeats
+    itself to the last byte (seconds aside), in one go or resumed, on one machine: torch's seed
+    makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's. Rounding depends on
+    what goes through the LM together: so new states are sorted, the critic's go one by one. The
+    checkpoint has the rest: weights, both Adams, `rng`, log, scale, the games."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
