@@ -54,7 +54,7 @@ def encode(tokenizer, prompt: str, actions: tuple[str, ...]):
         across = any(start < len(prompt) and stop > len(prompt) + 1 for start, stop in offsets)
         if across or prompt_ids not in (None, ids[:first]):  # no common prompt: P is undefined
             raise ValueError(f"{tokenizer.name_or_path} has a token across the end of the prompt "
-                             f"and the beginning of {action!r}; choose another model")
+                             f"and {action!r}, or cuts the prompt otherwise there; choose another")
         prompt_ids = ids[:first]
         # Special tokens that a tokenizer appends (EOS) have the offsets (0, 0): not the action's.
         action_ids.append([i for i, (start, _) in zip(ids, offsets) if start >= len(prompt)])
@@ -80,10 +80,10 @@ def plain_log_probs(model, encoded) -> list[torch.Tensor]:
 score = plain_log_probs  # section 5 puts a faster way to the same numbers in its place
 
 
-def action_log_probs(model, tokenizer, prompts: list[str], actions: list[list[str]]):
+def action_log_probs(model, tokenizer, prompts: list[str], actions: list[tuple]):
     """log P of each of the K_b actions after each of the B prompts (paper, section 4.1): B float32
     tensors (K_b,), natural logs, with gradients; and their lengths in tokens, B int tensors (K_b,).
-    No end of text is scored, so P("wait") >= P("wait here"): nothing is likelier for going on."""
+    No end of text is scored, so P("wait") >= P("wait here"): going on never makes likelier."""
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
     return score(model, encoded), [torch.tensor([len(ids) for ids in a]) for _, a in encoded]
 
@@ -92,7 +92,7 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     """Make actions of different length comparable; the policy is the softmax of the result.
 
     A product of more factors is smaller: undivided, short actions win for being short. Dividing its
-    log by n takes the n-th root: the probability of an average token (Eq. 3) or word (Eq. 4).
+    log by n takes the n-th root: the geometric mean over its tokens (Eq. 3) or words (Eq. 4).
 
         wait                  0.01                     none: wins, for being one factor only
         chop the egg          0.1 0.8 0.1              word: wins (an easy "the" helps, too)
@@ -112,7 +112,7 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# Sections 5 and 6 put others here. in_parts: as memory allows; from_all, add_up: of all processes.
+# For one process; sections 5 and 6 put others here. in_parts: as much as fits the memory at once.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
 from_all, add_up, rehearse = (lambda new: new), (lambda weights, sums: sums), None
 last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); actions: for section 5
@@ -143,7 +143,7 @@ class Agent(nn.Module):
         self.optimizers = {"policy": adam(self.model), "value": adam(self.critic)}
         self.features_memory = {}  # state -> (H,): the frozen LM's, so for good
         self.policy_memory = {}  # state -> log pi(. | s) (K,): until the policy moves
-        self.scale = None if standardize else (0.0, 1.0)  # (means, a deviation); None: not yet
+        self.scale = None if standardize else (0.0, 1.0)  # means (H,), deviation (); None: not yet
 
     def log_policy(self, states) -> list[torch.Tensor]:
         """log pi(. | s) for B states: B tensors (K_b,), with gradients."""
@@ -156,7 +156,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def remembered_log_policy(self, states) -> list[torch.Tensor]:
-        """The same without gradients, for playing: each state goes through the LM only once."""
+        """The same without gradients, for playing: once a state, until the policy moves."""
         new = {}  # sorted: section 5 shares common beginnings, and processes need the same order
         for part in in_parts(sorted(set(states) - self.policy_memory.keys()), self.max_prompts):
             new.update(zip(part, self.log_policy(part)))
@@ -181,7 +181,7 @@ class Agent(nn.Module):
         return self.critic(self.features(states)).squeeze(-1)
 
     def learn(self, rollout, args, rng) -> dict:
-        self.policy_memory = {}
+        self.policy_memory = {}  # pi is about to move
         return update_policy(self, rollout, args, rng) | update_value(self, rollout, args, rng)
 
 
@@ -249,7 +249,7 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
         for episode, state, policy in zip(playing, states, agent.remembered_log_policy(states)):
             (chosen,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
             reward, discount, terminated, truncated = episode.act(chosen)
-            # Out of time is a cut and no end (no prompt has a clock): V stands in for the rest.
+            # Out of time is a cut, not an end (no prompt has a clock): V stands in for the rest.
             no_future = terminated or (truncated and not args.bootstrap_time_limit)
             decisions.append({
                 "state": state, "chosen": chosen, "log_prob": policy[chosen].item(),
@@ -265,7 +265,7 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     advantage = gae(*(x.view(-1, len(playing)) for x in columns), args.gae_lambda).flatten()
     return SimpleNamespace(
         states=[d["state"] for d in decisions], chosen=flat("chosen").long(),  # among the offered
-        log_prob=flat("log_prob"),  # log pi_old of the chosen action
+        reward=flat("reward"), log_prob=flat("log_prob"),  # log pi_old of the chosen action
         value=value, advantage=advantage, returns=advantage + value, env_steps=env_steps)
 
 
@@ -299,7 +299,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
 
 def minibatches(states, args, rng: random.Random):
     """In each epoch the indices of all n decisions, shuffled, in m nearly equal parts. whole_states
-    keeps a state's decisions together (except at a cut): it goes through the LM once an epoch."""
+    keeps a state's decisions together (but at a part's end): once an epoch the LM reads it."""
     n, m = len(states), args.minibatches
     for _ in range(args.epochs):
         order = rng.sample(range(n), n)
@@ -312,7 +312,7 @@ def minibatches(states, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # Divided by their deviation alone, a critic's tiny errors weigh like a success: add 1.
+    # Divided by their deviation alone, a critic's tiny errors would weigh like a success: so add 1.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
@@ -367,12 +367,12 @@ def update_value(agent: Agent, rollout, args, rng) -> dict:
 
 
 def practise(agent: Agent, playing: list[Episode], args, rng, n_updates: int, first: int = 0):
-    """Play, judge, learn, again, at rates falling to 0. Yields rollout, log ({}: all A are 0)."""
+    """Play, judge, learn, again, at falling rates. Yields rollout, log ({}: nothing was earned)."""
     for update in range(first, n_updates):
         for name, optimizer in agent.optimizers.items():
             optimizer.param_groups[0]["lr"] = getattr(args, f"{name}_lr") * (1 - update / n_updates)
         rollout = collect(agent, playing, args, rng)
-        yield rollout, agent.learn(rollout, args, rng) if rollout.advantage.any() else {}
+        yield rollout, (agent.learn(rollout, args, rng) if rollout.reward.any() else {})
 
 
 # === Here the paper's algorithm ends. Below: efficiency, comfort, and `rehearse` (section 6). =====
@@ -453,7 +453,7 @@ def decode_above(model, encoded, ids, sees, of_states):
             keep = lambda block, inputs, output: memory.update({key: output})
             with blocks[n - 1].register_forward_hook(keep):
                 decode(model, *as_tree([state])[:2], blocks[n:], lambda *_, **__: memory[key])
-        a_tuple = isinstance(memory[key], tuple)  # some return more than (1, L, H), which is first
+        a_tuple = isinstance(memory[key], tuple)  # of some models, which begins with (1, L, H)
         below[own] = (memory[key][0][0] if a_tuple else memory[key][0])[:len(own)]  # prompt first
     result = (below[None],) if a_tuple else below[None]
     return decode(model, ids, sees, blocks[:n], lambda *_, **__: result)
@@ -518,7 +518,7 @@ def may_pack(model, encoded) -> bool:
 
 
 # P processes (accelerate launch) play the same P * n_envs episodes with the same random numbers and
-# all train the critic. The policy's passes they divide: add_up, in_parts, from_all anew.
+# all train the critic. They share the policy's passes: so add_up, in_parts, from_all anew.
 def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
     for p in weights:
         p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")  # None: no part
@@ -585,7 +585,7 @@ def rehearse(agent, coef: float, rng):
             texts += [(ids, log_p(ids)) for ids in model.generate(
                 torch.randint(agent.tokenizer.vocab_size, (32, 1)).to(model.device), do_sample=True,
                 temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40).tolist()]
-    for ((ids, untrained),) in in_parts([rng.choice(texts)], 1):  # all draw, the first computes
+    for ((ids, untrained),) in in_parts([rng.choice(texts)], 1):  # all draw; one process computes
         (coef * F.kl_div(log_p(ids), untrained, reduction="batchmean", log_target=True)).backward()
 
 
@@ -682,8 +682,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     """Train on episodes of the kind `plays`; a folder with a checkpoint is resumed. A run repeats
     itself to the last byte (seconds aside), in one go or resumed, on one machine: torch's seed
     makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's. Rounding depends on
-    what goes through the LM together: so new states are sorted, the critic's go one by one. The
-    checkpoint has the rest: weights, both Adams, `rng`, log, scale, the games."""
+    what goes through the LM together: so new states are sorted (no policy is remembered from one
+    update to the next), the critic's go one by one. The checkpoint has the rest."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
@@ -712,7 +712,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
                unit="step", dynamic_ncols=True, disable=not (n_updates and team.is_main_process))
     updates = practise(agent, playing, args, rng, n_updates, len(rows))
     try:
-        while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):  # stopped
+        while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):  # it stopped
             started, update = time.perf_counter(), len(rows) + 1
             # How good is the policy that plays now? New episodes tell. Those that end within a
             # rollout would not: the short, successful ones end first.
@@ -740,7 +740,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             if not learned:
                 bar.write(f"nothing was earned in {rollout.env_steps:,} decisions: stopped")
     except (Exception, KeyboardInterrupt) as error:  # a full disk, Ctrl-C, ...
-        error.add_note(f"stopped after {len(rows)} of {n_updates} updates; go on with "
+        error.add_note(f"stopped in update {update} of {n_updates}; go on with "
                        f"python {sys.argv[0]} --resume {run}")
         raise
     finally:
@@ -808,7 +808,7 @@ class Args:
             raise ValueError(f"--env {self.env} has no --task {self.task} here; {known}")
         gamma = 0.99 if self.env == "overcooked" else 0.95
         bonus, n_envs, rate, eps, short = {  # of other LMs; short: all tasks but these two
-            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # a bonus lest it learns to wait
+            "tomato-lettuce-salad": (0.01, 4, 2e-3, 1e-5, False),  # a bonus lest it learn to wait
             "entertainment": (0., 8, 2e-3, 1e-5, False)}.get(self.task, (0., 4, 1.5e-3, 1e-6, True))
         for name, (pocket, others) in {
                 "gamma": (gamma, gamma), "steps": TASK_STEPS.get(self.task, (5_120, 3_840)),
