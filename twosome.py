@@ -83,7 +83,7 @@ score = plain_log_probs  # section 5 puts a faster way to the same numbers in it
 def action_log_probs(model, tokenizer, prompts: list[str], actions: list[tuple]):
     """log P of each of the K_b actions after each of the B prompts (paper, section 4.1): B float32
     tensors (K_b,), natural logs, with gradients; and their lengths in tokens, B int tensors (K_b,).
-    No end of text is scored, so P("wait") >= P("wait here"): going on never makes likelier."""
+    No end of text is scored, so P("wait") >= P("wait here"): going on never makes it likelier."""
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
     return score(model, encoded), [torch.tensor([len(ids) for ids in a]) for _, a in encoded]
 
