@@ -680,7 +680,7 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
 
 def train(args, agent: Agent, run: Path, plays=Episode):
     """Train on episodes of the kind `plays`; a folder with a checkpoint is resumed. A run repeats
-    itself to the last byte (seconds aside), in one go or resumed, on one machine: torch's seed
+    itself to the last bit (seconds aside), in one go or resumed, on one machine: torch's seed
     makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's. Rounding depends on
     what goes through the LM together: so new states are sorted (no policy is remembered from one
     update to the next), the critic's go one by one. The checkpoint has the rest."""

@@ -180,7 +180,7 @@ def load_run(run: Path, **changes):
     try:
         args = twosome.Args(**(json.loads((run / "config.json").read_text()) | changes))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{run} is not the folder of a run that is known here: {error}") from None
+        raise ValueError(f"cannot take {run} for a run: {error}") from None
     agent = make_agent(args)
     if args.steps:
         twosome.load_checkpoint(run, agent)

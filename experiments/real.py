@@ -1,7 +1,7 @@
 """The results of a real LLM, SmolLM2-135M-Instruct: jobs, measures and tables of
 
     python experiments/get_smollm2.py               # once: the weights
-    python experiments/reproduce.py real            # at most 8 hours on two cores: three seeds
+    python experiments/reproduce.py real            # about ten hours on two cores: three seeds
     python experiments/reproduce.py real --only R1
 
 reproduce.py says how jobs run, and how an interrupted call goes on. WikiText-2 and BLiMP are not in
@@ -34,7 +34,7 @@ from reproduce import (HOUSEHOLD, NORMS, PRINCIPLES, RESULTS, ROOT, SCRATCH, TAS
 SEEDS = [31, 32, 33]  # settings were searched on others; four changed after a look: causes.md
 RATES = [5e-4, 3e-3, 6e-3]  # and 1.5e-3, the default of these two tasks, which FREE has
 FREE, MORE, EPS, SPLIT = "rehearsal-0", "rehearsal-1", "eps-1e-5", "split-states"
-COST = {"tomato-salad": 240, "tomato-lettuce-salad": 2_000, "food-preparation": 200,
+COST = {"tomato-salad": 240, "tomato-lettuce-salad": 4_000, "food-preparation": 200,
         "entertainment": 1_500}  # seconds of a job on one core, for the time that is left
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"  # where get_smollm2.py puts it
 MODEL = str(FOLDER) if FOLDER.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -223,7 +223,7 @@ def report(folder: Path, plan: list[dict]):
     for trained, task in itertools.product(("food-preparation", "entertainment"), HOUSEHOLD):
         if task != trained and (reached := numbers(pick(trained, "word"), f"on_{task}")):
             say(min(reached) >= 0.8, f"{task} after {trained}: at least 0.8 for each seed: "
-                f"{spread(reached)}")
+                f"{spread(reached, 3)}")
     causes = folder / "causes.md"  # written by a person, after looking
     out += ["## What was aimed at\n",
             "\n".join(text for _, text in sorted(verdicts, key=lambda x: x[0])) + "\n",
