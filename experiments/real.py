@@ -331,9 +331,11 @@ def report(folder: Path, plan: list[dict]):
                                                      f"on_{task}") for t in household} |
                    {"untrained": outcome(pick(task, "untrained-word"), "success")}
                    for task in HOUSEHOLD}, folder / "r2_unseen.png", "success", line=0.8)
-    plot.bars({f"{task}, {label}": {
-        "perplexity, % (30 at most)": [min(x, 30) for x in perplexity_change(pick(task, label))],
-        "BLiMP, points": points(pick(task, label)),
-        "return x 10": [10 * x for x in outcome(pick(task, label), "return")]}
-        for task in ("tomato-salad", "food-preparation") for label in labels
-        if pick(task, label)}, folder / "r5_rates.png", "change; return x 10")
+    for task in "tomato-salad", "food-preparation":
+        plot.bars({"the default" if label == "word" else label: {
+            "perplexity, % (30 at most)": [min(x, 30)
+                                           for x in perplexity_change(pick(task, label))],
+            "BLiMP, points": points(pick(task, label)),
+            "return x 10": [10 * x for x in outcome(pick(task, label), "return")]}
+            for label in labels if pick(task, label)}, folder / f"r5_{task}.png",
+            "change; return x 10")
