@@ -1,7 +1,7 @@
 """The results of a real LLM, SmolLM2-135M-Instruct: jobs, measures and tables of
 
     python experiments/get_smollm2.py               # once: the weights
-    python experiments/reproduce.py real            # about ten hours on two cores: three seeds
+    python experiments/reproduce.py real            # some ten hours on two cores, estimated
     python experiments/reproduce.py real --only R1
 
 reproduce.py says how jobs run, and how an interrupted call goes on. WikiText-2 and BLiMP are not in
@@ -332,10 +332,10 @@ def report(folder: Path, plan: list[dict]):
                    {"untrained": outcome(pick(task, "untrained-word"), "success")}
                    for task in HOUSEHOLD}, folder / "r2_unseen.png", "success", line=0.8)
     for task in "tomato-salad", "food-preparation":
-        plot.bars({"the default" if label == "word" else label: {
+        plot.bars({label: {
             "perplexity, % (30 at most)": [min(x, 30)
                                            for x in perplexity_change(pick(task, label))],
             "BLiMP, points": points(pick(task, label)),
             "return x 10": [10 * x for x in outcome(pick(task, label), "return")]}
             for label in labels if pick(task, label)}, folder / f"r5_{task}.png",
-            "change; return x 10")
+            f"{task}: change; return x 10")
