@@ -151,6 +151,8 @@ def measure(job: dict, row: dict, agent, args, plays):
     from exact import exact
     from language import real_language
     trained = job["label"] in (*NORMS, FREE, MORE, EPS, SPLIT)
+    if args.method == "twosome":
+        vars(agent.model)["below_lora"] = BELOW  # of all agents
     if trained and args.env == "virtualhome":  # R2
         for task in HOUSEHOLD:
             row[f"on_{task}"], _ = exact(agent, replace(args, task=task), plays)
@@ -160,7 +162,6 @@ def measure(job: dict, row: dict, agent, args, plays):
                 row[change.replace("-", "_")], _ = exact(agent, args, plays)
     if job["language"] and (trained or job["experiment"] == "R5"):  # R3
         row["perplexity_before"], row["blimp_before"] = language_before(*job["language"])
-        vars(agent.model)["below_lora"] = BELOW  # of all agents
         row["perplexity"], row["blimp"] = real_language(
             agent.model, agent.tokenizer, *job["language"])
 
