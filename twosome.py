@@ -94,9 +94,9 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     A product of more factors is smaller: undivided, short actions win for being short. Dividing its
     log by n takes the n-th root: the geometric mean over its tokens (Eq. 3) or words (Eq. 4).
 
-        wait                  0.01                     none: wins, for being one factor only
-        chop the egg          0.1 0.8 0.1              word: wins (an easy "the" helps, too)
-        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   token: wins by the sure ends of a long word
+        wait                  0.01                     wins by none: it has one factor only
+        chop the egg          0.1 0.8 0.1              wins by word (an easy "the" helps it, though)
+        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   wins by token: ends of a long word are sure
     >>> log_p = [torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()]
     >>> n_tokens, n_words = [torch.tensor([1, 3, 5])], [torch.tensor([1, 3, 3])]
     >>> for norm in ("none", "token", "word"):
@@ -112,7 +112,7 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# For one process; sections 5 and 6 put others here. in_parts: as much as fits the memory at once.
+# Stand-ins for one process: sections 5 and 6 replace them. in_parts: what memory holds at once.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
 from_all, add_up, rehearse = (lambda new: new), (lambda weights, sums: sums), None
 last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); actions: for section 5
@@ -120,7 +120,7 @@ last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); act
 
 
 class Agent(nn.Module):
-    """pi(a | s) and V(s), the expected discounted return; s = (prompt, actions)."""
+    """pi(a | s) and V(s), the expected discounted return; s: prompt and actions, V's the prompt."""
 
     def __init__(self, model, tokenizer, norm="word", max_prompts=4, standardize=False, eps=1e-5):
         super().__init__()
@@ -130,7 +130,7 @@ class Agent(nn.Module):
         blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
         last = {*blocks[-10:].modules()}
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
-        self.model = get_peft_model(model, LoraConfig(  # no out_proj: Mamba takes its W alone
+        self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba would pass by its LoRA
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
             exclude_modules=skip)).eval()  # W + 16/8 B A: B (out, 8) is 0, A random; no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
@@ -140,7 +140,7 @@ class Agent(nn.Module):
         nn.init.zeros_(self.critic[-1].weight)  # (this layer still learns: its inputs are not 0)
         nn.init.zeros_(self.critic[-1].bias)
         adam = lambda x: torch.optim.Adam([p for p in x.parameters() if p.requires_grad], eps=eps)
-        self.optimizers = {"policy": adam(self.model), "value": adam(self.critic)}
+        self.optimizers = {"policy": adam(self.model), "value": adam(self.critic)}  # lr: `practise`
         self.features_memory = {}  # state -> (H,): the frozen LM's, so for good
         self.policy_memory = {}  # state -> log pi(. | s) (K,): until the policy moves
         self.scale = None if standardize else (0.0, 1.0)  # means (H,), deviation (); None: not yet
@@ -165,8 +165,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def features(self, states) -> torch.Tensor:
-        """What the critic sees, (B, H): the prompt's last hidden state, without the adapter: so it
-        never changes; a prompt at a time, so no rounding depends on the others; then scaled."""
+        """What the critic sees, (B, H): the prompts' last hidden states, scaled. Adapter off: on,
+        it would move them at each step, under the critic; a prompt a pass: no other rounds it."""
         for state in set(states) - self.features_memory.keys():
             with self.model.disable_adapter():
                 hidden = last_hidden(self.model, *encode(self.tokenizer, *state))
@@ -239,9 +239,9 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
 
 def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
     """Play T = `rollout_steps` decisions in each of N environments and judge them. An unfinished
-    episode goes on in the next rollout; the critic's value stands for the rest of it. While all r
-    are 0 (VirtualHome), A is only the critic's errors: play on, up to 1000 T, keep the last T."""
-    size, env_steps = args.rollout_steps * len(playing), 0
+    episode goes on in the next rollout; the critic's value stands for the rest of it. Where all r
+    are 0 (VirtualHome), A is only the critic's errors: so play on, 1000 rollouts at most."""
+    size, env_steps = args.rollout_steps * len(playing), 0  # both count decisions
     decisions = deque(maxlen=size)  # the latest T * N
     while env_steps < size or (env_steps < 1000 * size and not any(d["reward"] for d in decisions)):
         env_steps += len(playing)
@@ -298,8 +298,8 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
 
 
 def minibatches(states, args, rng: random.Random):
-    """In each epoch the indices of all n decisions, shuffled, in m nearly equal parts. whole_states
-    keeps a state's decisions together (but at a part's end): once an epoch the LM reads it."""
+    """Yield the indices of all n decisions, each epoch shuffled anew, in m nearly equal parts. With
+    whole_states those of one state share a part (its end may cut them): one pass an epoch."""
     n, m = len(states), args.minibatches
     for _ in range(args.epochs):
         order = rng.sample(range(n), n)
@@ -312,12 +312,12 @@ def minibatches(states, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # Divided by their deviation alone, a critic's tiny errors would weigh like a success: so add 1.
+    # Over std alone, a rollout of mere critic's errors would push as hard as a success: so add 1.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
     for batch in minibatches(rollout.states, args, rng):
-        # Each distinct state goes through the LM once; the decisions taken in it share the result.
+        # A state's decisions share one pass of the LM: the loss is their sum, so is its gradient.
         decisions = {}
         for i in batch:
             decisions.setdefault(rollout.states[i], []).append(i)
@@ -445,11 +445,11 @@ def decode_above(model, encoded, ids, sees, of_states):
     n = next((n for n, part in enumerate(blocks) if "lora_" in str(part)), 0)  # LoRA: blocks[n:]
     if n == 0:
         return decode(model, ids, sees)
-    memory = vars(model).setdefault("below_lora", {})  # for good; 0.1 MB a state of SmolLM2
+    memory = vars(model).setdefault("below_lora", {})  # for good: frozen; 0.1 MB a state (SmolLM2)
     below = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype, device=model.device)
     for state, own in zip(encoded, of_states):
         key = str(state)
-        if key not in memory:  # a hook keeps what block n-1 puts out; the others only hand it on
+        if key not in memory:  # a hook keeps block n-1's output (it returns None: no change)
             keep = lambda block, inputs, output: memory.update({key: output})
             with blocks[n - 1].register_forward_hook(keep):
                 decode(model, *as_tree([state])[:2], blocks[n:], lambda *_, **__: memory[key])
@@ -572,11 +572,11 @@ def load_lm(name: str, device: str, dtype: str):
 
 
 def rehearse(agent, coef: float, rng):
-    """Pseudo-rehearsal (Robins, 1995), at each step of the policy. The LM without adapter has once
-    written 32 texts of 40 tokens, each from a random first token. One is drawn, and the gradients
-    of coef * KL(p_0, p), mean over its next tokens, are added; p_0: without the adapter."""
+    """Pseudo-rehearsal (Robins, 1995): each step of the policy costs a pass more and forgets less.
+    At first the LM without adapter writes 32 texts of 40 tokens, each from a random token. A step
+    draws one and adds the gradients of coef * KL(p_0, p), mean over its tokens; p_0: no adapter."""
     model, texts = agent.model, vars(agent).setdefault("texts", [])  # (40 ids, log p_0 (40, V))
-    log_p = lambda ids: F.log_softmax((  # as of a state's prompt, the frozen blocks run only once
+    log_p = lambda ids: F.log_softmax((  # not packed: whole, for an LM that also scales its logits
         model.get_output_embeddings()(last_hidden(model, ids, [[0]]))  # [[0]]: any action
         if may_pack(model, [(ids, [[0]])]) else
         model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]).float(), dim=-1)
@@ -602,7 +602,7 @@ def make_agent(args) -> Agent:
 
 
 def make_episode(args, plays=Episode) -> Episode:
-    # Overcooked discounts inside its macro-actions; a household action is a single step.
+    # plays: experiments/ have other kinds. Only Overcooked has macro-actions, and discounts inside.
     options = {"gamma": args.gamma} if args.env == "overcooked" else {}
     return plays(ENVS[args.env](task=args.task, **options), args.gamma)
 
@@ -681,9 +681,9 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
 def train(args, agent: Agent, run: Path, plays=Episode):
     """Train on episodes of the kind `plays`; a folder with a checkpoint is resumed. A run repeats
     itself to the last bit (seconds aside), in one go or resumed, on one machine: torch's seed
-    makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's. Rounding depends on
-    what goes through the LM together: so new states are sorted (no policy is remembered from one
-    update to the next), the critic's go one by one. The checkpoint has the rest."""
+    makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's, the games nothing.
+    What goes through the LM together rounds alike: so new states are sorted, an update forgets all
+    policies, and the critic's states go one by one. The checkpoint has the rest."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
@@ -700,7 +700,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         write(run / "metrics.csv", text())  # the checkpoint's log is the true one
         rng.setstate(saved["rng"])
         for episode, state in zip(playing, saved["playing"]):
-            episode.obs, episode.info = episode.env.set_state(state)
+            episode.obs, episode.info = episode.env.set_state(state)  # ret, length: for evaluation
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays)
         write(run / "config.json", json.dumps(asdict(args), indent=2))
@@ -770,7 +770,7 @@ def knob(default, help, **more):
 @dataclass
 class Args:
     env: str = knob("overcooked", "the environment", choices=ENVS)
-    task: str = knob("", "a task of the environment; without it, its first one")
+    task: str = knob("", "or the env's first (long ones: tomato-lettuce-salad, entertainment)")
     norm: str = knob("word", "what an action's log-probability is divided by: its words (the "
                      "paper's best), its tokens, or nothing", choices=["word", "token", "none"])
     model: str = knob("pocket_lm", "a tiny one of ours, or a folder or Hub id; paper: LLaMA-7B")
@@ -837,7 +837,7 @@ def command(argv, own, make_agent, plays):
     given = parser.parse_args(argv)
     old = given.resume or given.evaluate
     config = json.loads((old / "config.json").read_text()) if old else own
-    parser.set_defaults(**config)  # and now with these in place of those of Args
+    parser.set_defaults(**config)  # of the run that the first parse named; now flags over them
     given = vars(parser.parse_args(argv))
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
     args = Args(**given)
