@@ -810,6 +810,9 @@ def test_the_log_measures_the_policy_that_plays():
 
 ctrl_c = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 half_a_file = lambda _, file: (file.write(b"half a file"), ctrl_c())
+# Within torch.save, which makes an error of its own of it.
+half_saved = lambda content, _: torch.serialization.save(content, SimpleNamespace(
+    write=lambda part, count=itertools.count(): ctrl_c() if next(count) == 5 else len(part)))
 broken_lm = lambda agent, *_: agent.model.get_output_embeddings().register_forward_hook(
     lambda *x: x[-1] * math.nan)
 broken_weight = lambda agent: agent.critic[0].weight.data[0].fill_(math.inf)
@@ -823,6 +826,7 @@ def full_disk(*_, limit=20_000):  # from now on no file may become larger than t
 @pytest.mark.parametrize("function, call, happens, rows, says", [
     (twosome.collect, 1, ctrl_c, 0, "1 of 4"), (twosome.evaluate, 3, ctrl_c, 1, "2 of 4"),
     (twosome.update_policy, 3, ctrl_c, 2, "3 of 4"), (torch.save, 2, half_a_file, 2, "2 of 4"),
+    (torch.save, 2, half_saved, 2, "2 of 4"),
     (twosome.evaluate, 6, ctrl_c, 4, ""), (torch.save, 2, full_disk, 2, "2 of 4"),
     (twosome.collect, 3, broken_lm, 2, "finite"),
     # The loss was finite, a weight is not after it. Each update asks for these twice.
@@ -840,7 +844,7 @@ def test_resumed_run_equals_uninterrupted_run(finished, capsys, function, call, 
         finally:
             full_disk(limit=-1)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == (130 if happens in (ctrl_c, half_a_file) else 1)
+    assert end.value.code == (130 if happens in (ctrl_c, half_a_file, half_saved) else 1)
     assert line.startswith("twosome.py: ") and says in line and ("--resume" in line or rows == 4)
     assert len(metrics("run") if rows else list(Path("run").glob("*.csv"))) == rows
     # A spreadsheet saves the log in its own way; the checkpoint has the true one.
@@ -919,6 +923,9 @@ def test_no_steps_is_the_untrained_llm():
     agent = Agent(*copy.deepcopy(pocket()))
     untrained = twosome.evaluate(agent, Args(env="virtualhome"), 4, "evaluation")
     assert (result["before"], result["after"], result["env_steps"]) == (untrained, None, 0)
+    shutil.copytree(ROOT / "pocket_lm", "another")  # its run says so, and is not taken for that
+    twosome.main(["--steps", "0", "--env", "virtualhome", "--model", "another"])
+    assert Path("runs/food-preparation-word-seed1-another/summary.json").exists()
 
 
 # === 8. The command line, and mistakes ============================================================

@@ -615,8 +615,7 @@ def evaluate(agent: Agent, args, n_episodes: int, stream: str, plays=Episode) ->
     while playing:
         policies = agent.remembered_log_policy([episode.state() for episode in playing])
         for episode, policy in zip(playing, policies):
-            (action,) = rng.choices(range(len(policy)), weights=policy.exp().tolist())
-            episode.act(action)
+            episode.act(*rng.choices(range(len(policy)), weights=policy.exp().tolist()))
         playing = [episode for episode in playing if not episode.over]
     results = np.array([(e.info["success"], e.ret, e.length) for e in episodes])
     return dict(zip(("success", "return", "length"), results.mean(axis=0).tolist()),
@@ -843,8 +842,8 @@ def command(argv, own, make_agent, plays):
     args = Args(**given)
     if resumed and asdict(args) != config:
         raise ValueError("a resumed run keeps its flags; leave them out")
-    label = args.norm if args.method == "twosome" else args.method
-    name = f"runs/{args.task}-{label}-seed{args.seed}"
+    lm, label = Path(args.model).name, args.norm if args.method == "twosome" else args.method
+    name = f"runs/{args.task}-{label}-seed{args.seed}" + f"-{lm}" * (lm != "pocket_lm")
     names = [args.out] if args.out else [name, *(f"{name}-{again}" for again in range(2, 1000))]
     free = [x for x in map(Path, names) if not x.exists() or x.is_dir() and not any(x.iterdir())]
     if not (free or old):
@@ -863,17 +862,18 @@ def command(argv, own, make_agent, plays):
 
 
 def main(argv=None, own={}, make_agent=make_agent, plays=Episode):
-    """The command line. experiments/ call it with other defaults (own), other agents, and episodes
-    that show and reward something else. Any error ends as one line; python -X dev shows where."""
+    """The command line. experiments/ call it with other defaults (own), agents, and episodes that
+    show or reward otherwise. An error is one line (-X dev: where); torch.save hides a Ctrl-C."""
     try:
         command(argv, own, make_agent, plays)
     except (Exception, KeyboardInterrupt) as error:
         if sys.flags.dev_mode:
             raise
-        text = " ".join([str(error), *getattr(error, "__notes__", ())]).split()
-        plain = isinstance(error, (ValueError, OSError))
-        print("twosome.py:", *([] if plain else [type(error).__name__]), *text, file=sys.stderr)
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+        cause = error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error
+        text = " ".join([str(cause), *getattr(error, "__notes__", ())]).split()
+        name = [] if isinstance(cause, (ValueError, OSError)) else [type(cause).__name__]
+        print("twosome.py:", *name, *text, file=sys.stderr)
+        raise SystemExit(130 if isinstance(cause, KeyboardInterrupt) else 1) from None
 
 
 if __name__ == "__main__":
