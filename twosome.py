@@ -130,7 +130,7 @@ class Agent(nn.Module):
         blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
         last = {*blocks[-10:].modules()}
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
-        self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba would pass by its LoRA
+        self.model = get_peft_model(model, LoraConfig(  # out_proj: Mamba reads its W past LoRA
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear",
             exclude_modules=skip)).eval()  # W + 16/8 B A: B (out, 8) is 0, A random; no dropout
         n_hidden = model.get_output_embeddings().weight.shape[1]  # H
@@ -165,8 +165,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def features(self, states) -> torch.Tensor:
-        """What the critic sees, (B, H): the prompts' last hidden states, scaled. Adapter off: on,
-        it would move them at each step, under the critic; a prompt a pass: no other rounds it."""
+        """What the critic sees, (B, H): the prompts' last hidden states, scaled. No adapter, lest
+        its steps move them under the critic; a prompt a pass, lest others change its rounding."""
         for state in set(states) - self.features_memory.keys():
             with self.model.disable_adapter():
                 hidden = last_hidden(self.model, *encode(self.tokenizer, *state))
@@ -681,8 +681,8 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     """Train on episodes of the kind `plays`; a folder with a checkpoint is resumed. A run repeats
     itself to the last bit (seconds aside), in one go or resumed, on one machine: torch's seed
     makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's, the games nothing.
-    What goes through the LM together rounds alike: so new states are sorted, an update forgets all
-    policies, and the critic's states go one by one. The checkpoint has the rest."""
+    Rounding depends on what goes through the LM together: so new states are sorted, an update
+    forgets all policies, the critic's states go one by one. The checkpoint has the rest."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
@@ -769,7 +769,7 @@ def knob(default, help, **more):
 @dataclass
 class Args:
     env: str = knob("overcooked", "the environment", choices=ENVS)
-    task: str = knob("", "or the env's first (long ones: tomato-lettuce-salad, entertainment)")
+    task: str = knob("", "a task; else the first one (long: tomato-lettuce-salad, entertainment)")
     norm: str = knob("word", "what an action's log-probability is divided by: its words (the "
                      "paper's best), its tokens, or nothing", choices=["word", "token", "none"])
     model: str = knob("pocket_lm", "a tiny one of ours, or a folder or Hub id; paper: LLaMA-7B")
