@@ -1,13 +1,12 @@
 """The results of a real LLM, SmolLM2-135M-Instruct: jobs, measures and tables of
 
     python experiments/get_smollm2.py               # once: the weights
-    python experiments/reproduce.py real            # nine hours on two cores, by estimate
-    python experiments/reproduce.py real --only R1
+    python experiments/reproduce.py real            # seven hours on two cores, by estimate
+    python experiments/reproduce.py real --only R6  # two more
 
-The last two of these hours go into the two long tasks without rehearsal (R5). reproduce.py says how
-jobs run, and how an interrupted call goes on. WikiText-2 and BLiMP are not in this repository
-(language.py says where they are): --wikitext FILE --blimp FOLDER_OR_ZIP; without them their columns
-stay empty.
+reproduce.py says how jobs run, and how an interrupted call goes on. WikiText-2 and BLiMP are not in
+this repository (language.py says where they are): --wikitext FILE --blimp FOLDER_OR_ZIP; without
+them their columns stay empty.
 
 R1 sample efficiency   four tasks; three normalisations, SayCan, untrained, PPO with rollouts as
                        small (in Overcooked each word of an action is one token: words are tokens)
@@ -19,6 +18,7 @@ R4 wording             each prompt principle switched off, other joining phrases
 R5 rate, rehearsal     what four learning rates buy, and what they cost in language; Adam's eps
                        and minibatches that split states, the defaults of before; all these without
                        rehearsal, and what it keeps, also on unseen tasks
+R6 no rehearsal        on the two long tasks, as in the paper (only if asked for)
 """
 
 import functools
@@ -54,7 +54,7 @@ def arguments(parser):
 # --- the jobs -------------------------------------------------------------------------------------
 
 def jobs(given) -> list[dict]:
-    """All jobs: what takes minutes first, then the long tasks, last these without rehearsal."""
+    """All jobs: what takes minutes first, then the two long tasks, seed by seed; last R6."""
     result = []
 
     language = [given.wikitext, given.blimp] if given.wikitext and given.blimp else None
@@ -96,7 +96,7 @@ def jobs(given) -> list[dict]:
     for task in UNSEEN:
         add("R2", task, "untrained-word", SEEDS[0], cost=30, steps=0)
     for seed, task in itertools.product(SEEDS, ["entertainment", "tomato-lettuce-salad"]):
-        add("R5", task, FREE, seed, rehearsal_coef=0)
+        add("R6", task, FREE, seed, rehearsal_coef=0)
     return result
 
 
@@ -199,7 +199,7 @@ def report(folder: Path, plan: list[dict]):
         out.append(f"**Not complete**: {len(left)} jobs have not run yet ("
                    + ", ".join(f"{len(list(jobs))} of {task}" for task, jobs in itertools.groupby(
                        sorted(left, key=lambda job: job["task"]), key=lambda job: job["task"]))
-                   + "); the same command goes on with them.\n")
+                   + "); the same command goes on with them (R6: if asked for).\n")
 
     verdicts = []
 
