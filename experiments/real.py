@@ -18,7 +18,7 @@ R4 wording             each prompt principle switched off, other joining phrases
 R5 rate, rehearsal     what four learning rates buy, and what they cost in language; Adam's eps
                        and minibatches that split states, the defaults of before; all these without
                        rehearsal, and what it keeps, also on unseen tasks
-R6 no rehearsal        on the two long tasks, as in the paper (only if asked for)
+R6 no rehearsal        on the two long tasks, as in the paper (takes long: only if asked for)
 """
 
 import functools

@@ -478,7 +478,7 @@ def main():
         plan, ask, columns = jobs(given.mode, given.lm), measure, COLUMNS
         write = functools.partial(report, mode=given.mode)
     chosen = [job for job in plan if given.only in (job["experiment"], job["name"])
-              or (given.only is None and job["experiment"] != "R6")]
+              or (given.only is None and job["experiment"] != "R6")]  # R6: real.py says why
     if not chosen:
         raise SystemExit(f"reproduce.py: --only {given.only}: no such experiment or job; "
                          f"experiments are {', '.join(sorted({job['experiment'] for job in plan}))}"
