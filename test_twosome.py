@@ -681,9 +681,9 @@ def test_rehearsal_pulls_towards_the_untrained_lm():
     for x in agent, untrained:
         torch.manual_seed(3)
         twosome.rehearse(x, 1.0, random.Random(0))
-    written, own = ([ids for ids, _ in x.texts] for x in (agent, untrained))
-    assert written == own and len({*map(tuple, own)}) == 32 and {*map(len, own)} == {40}
-    ids = torch.tensor(written[7:8])
+    own = untrained.texts
+    assert agent.texts == own and len({*map(tuple, own)}) == 32 and {*map(len, own)} == {40}
+    ids = torch.tensor(own[7:8])
     with torch.no_grad():
         p_0 = untrained.model(input_ids=ids).logits[0].softmax(-1)
     log_p = agent.model(input_ids=ids).logits[0].log_softmax(-1)

@@ -572,21 +572,21 @@ def load_lm(name: str, device: str, dtype: str):
 
 
 def rehearse(agent, coef: float, rng):
-    """Pseudo-rehearsal (Robins, 1995): each step of the policy costs a pass more and forgets less.
-    At first the LM without adapter writes 32 texts of 40 tokens, each from a random token. A step
-    draws one and adds the gradients of coef * KL(p_0, p), mean over its tokens; p_0: no adapter."""
-    model, texts = agent.model, vars(agent).setdefault("texts", [])  # (40 ids, log p_0 (40, V))
+    """Pseudo-rehearsal (Robins, 1995), to forget less. A step of the policy adds the gradients of
+    coef * KL(p_0, p), mean over one of 32 texts that the LM, adapter off (p_0), wrote at first."""
+    model, texts = agent.model, vars(agent).setdefault("texts", [])  # 32 lists of 40 ids
     log_p = lambda ids: F.log_softmax((  # not packed: whole, for an LM that also scales its logits
         model.get_output_embeddings()(last_hidden(model, ids, [[0]]))  # [[0]]: any action
         if may_pack(model, [(ids, [[0]])]) else
         model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]).float(), dim=-1)
-    if not texts:
-        with torch.no_grad(), model.disable_adapter():
-            texts += [(ids, log_p(ids)) for ids in model.generate(
+    with torch.no_grad(), model.disable_adapter():
+        if not texts:
+            texts += model.generate(
                 torch.randint(agent.tokenizer.vocab_size, (32, 1)).to(model.device), do_sample=True,
-                temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40).tolist()]
-    for ((ids, untrained),) in in_parts([rng.choice(texts)], 1):  # all draw; one process computes
-        (coef * F.kl_div(log_p(ids), untrained, reduction="batchmean", log_target=True)).backward()
+                temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40).tolist()
+        drawn = [(ids, log_p(ids)) for (ids,) in in_parts([rng.choice(texts)], 1)]
+    for ids, log_p_0 in drawn:  # all processes have drawn a text, one of them computes
+        (coef * F.kl_div(log_p(ids), log_p_0, reduction="batchmean", log_target=True)).backward()
 
 
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===

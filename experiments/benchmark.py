@@ -16,7 +16,9 @@ default update  twosome.py's own: n_envs x rollout_steps decisions (512; LMs oth
                 measured whole. The plain way is not run but multiplied out, from each of its
                 iterations above: decisions x (rollout / 128 + epochs x (value update + policy
                 update) / 128). (The tokens a decision of the two rollouts differ by 1 to 5%.)
-                Neither rehearses: that would cost both the same.
+                Where the default is to rehearse, both ways do so in each step, the plain way with
+                a whole pass; that is measured and added. What rehearsal needs once a run, the
+                texts, both have written by the same call: the first update counts it.
 GFLOP, MiB      of an iteration, each way in a fresh process; CPU: resident memory, CUDA: allocated
 parity          the largest difference of a probability between the two ways, over all states of the
                 iteration, after one update; above 1e-5 in float32 this script fails
@@ -59,7 +61,7 @@ TASKS = ["tomato-salad", "tomato-lettuce-salad", "food-preparation", "entertainm
 SHAPES = {  # width, MLP's width, layers, heads, is the vocabulary matrix the embedding?
     "llama-15m": (288, 768, 6, 6, True),
     "llama-7b": (4096, 11_008, 32, 32, False)}
-DEFAULT_UPDATES = ["default update, s", "the second one, s"]
+DEFAULT_UPDATES = ["default update, s", "first without texts, s", "the second one, s"]
 encode = twosome.encode  # its cache is emptied before each repetition; the plain way goes past it
 
 
@@ -195,6 +197,19 @@ def run_updates(way: str, agent, args, n: int = 1):
     return seconds, rollout
 
 
+def rehearsal(way: str, agent, args) -> tuple[float, float]:
+    """Seconds of the first step, in which the texts are written, and of an update's steps then."""
+    if not args.rehearsal_coef:
+        return 0.0, 0.0
+    vars(agent).pop("texts", None)
+    may_pack = twosome.may_pack if way == "ours" else lambda model, encoded: False
+    rng = random.Random(args.seed)
+    with patch.object(twosome, "may_pack", may_pack):
+        first, *steps = (timed(twosome.rehearse, agent, args.rehearsal_coef, rng)[0]
+                         for _ in range(1 + args.epochs * args.minibatches))
+    return first, sum(steps)
+
+
 @torch.no_grad()
 def parity(agent, states) -> float:
     """The largest difference of a probability between the two ways."""
@@ -251,12 +266,16 @@ def measure(agent, args, default, repeats: int, costs: dict) -> dict:
         visited.append((rollout.states, rollout.chosen.tolist()))
         result[way] = {part: [run[part] for run in runs[way]] for part in seconds} | costs[way]
     times = default.n_envs * default.rollout_steps / (args.n_envs * args.rollout_steps)
-    result["plain"] |= dict.fromkeys(DEFAULT_UPDATES, [
-        times * (run["rollout, s"] + default.epochs * (
-            run["value update, s"] + run["policy update, s"])) for run in runs["plain"]])
-    updates = [run_updates("ours", agent, default, 2)[0] for _ in range(repeats)]
-    for i, name in enumerate(DEFAULT_UPDATES):
-        result["ours"][name] = [update[i]["iteration, s"] for update in updates]
+    for run in range(repeats):
+        texts, steps = rehearsal("plain", agent, default)
+        plain = steps + times * (runs["plain"][run]["rollout, s"] + default.epochs * (
+            runs["plain"][run]["value update, s"] + runs["plain"][run]["policy update, s"]))
+        our_texts, _ = rehearsal("ours", agent, default)  # they are there in the updates below
+        first, second = (x["iteration, s"] for x in run_updates("ours", agent, default, 2)[0])
+        for way, seconds in (("plain", (texts + plain, plain, plain)),
+                             ("ours", (our_texts + first, first, second))):
+            for name, x in zip(DEFAULT_UPDATES, seconds):
+                result[way].setdefault(name, []).append(x)
     return result | {"same decisions": all(v == visited[0] for v in visited)}
 
 
@@ -306,10 +325,10 @@ def main():
     # All of an update: no early end where the policy has moved far.
     env_of = lambda task: "overcooked" if task.endswith("salad") else "virtualhome"
     defaults = {task: twosome.Args(env=env_of(task), task=task, model=options.model,
-                                   policy_lr=1e-3, target_kl=1e9, rehearsal_coef=0.0)
+                                   policy_lr=1e-3, target_kl=1e9)
                 for task in options.tasks}
     iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
-                                minibatches=4, whole_states=False)
+                                minibatches=4, whole_states=False, rehearsal_coef=0.0)
                   for task, args in defaults.items()}
     if options.only:
         return print(json.dumps(cost(options.only, make_agent(options), *iterations.values())))
