@@ -83,7 +83,7 @@ score = plain_log_probs  # section 5 puts a faster way to the same numbers in it
 def action_log_probs(model, tokenizer, prompts: list[str], actions: list[tuple]):
     """log P of each of the K_b actions after each of the B prompts (paper, section 4.1): B float32
     tensors (K_b,), natural logs, with gradients; and their lengths in tokens, B int tensors (K_b,).
-    No end of text is scored, so P("wait") >= P("wait here"): going on never makes it likelier."""
+    No end of text is scored, so P("wait") >= P("wait here"): going on never raises P."""
     encoded = [encode(tokenizer, p, tuple(a)) for p, a in zip(prompts, actions, strict=True)]
     return score(model, encoded), [torch.tensor([len(ids) for ids in a]) for _, a in encoded]
 
@@ -94,9 +94,9 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
     A product of more factors is smaller: undivided, short actions win for being short. Dividing its
     log by n takes the n-th root: the geometric mean over its tokens (Eq. 3) or words (Eq. 4).
 
-        wait                  0.01                     wins by none: it has one factor only
-        chop the egg          0.1 0.8 0.1              wins by word (an easy "the" helps it, though)
-        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   wins by token: ends of a long word are sure
+        wait                  0.01                     likeliest by none: one factor only
+        chop the egg          0.1 0.8 0.1              likeliest by word (but "the" helps it)
+        chop the aub erg ine  0.1 0.8 0.05 0.99 0.99   likeliest by token: a word's end is sure
     >>> log_p = [torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()]
     >>> n_tokens, n_words = [torch.tensor([1, 3, 5])], [torch.tensor([1, 3, 3])]
     >>> for norm in ("none", "token", "word"):
@@ -112,7 +112,7 @@ def normalize(log_probs, n_tokens, n_words, norm: str) -> list[torch.Tensor]:
 
 
 # === 3. The actor-critic: one frozen LM carries both. LoRA makes it the actor, an MLP reads it. ===
-# Stand-ins for one process: sections 5 and 6 replace them. in_parts: what memory holds at once.
+# Stand-ins till sections 5, 6. in_parts: what memory holds; from_all, add_up: for processes.
 in_parts = lambda states, size: [states[i:i + size] for i in range(0, len(states), size)]
 from_all, add_up, rehearse = (lambda new: new), (lambda weights, sums: sums), None
 last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); actions: for section 5
@@ -120,13 +120,13 @@ last_hidden = lambda model, prompt, actions: model.get_decoder()(  # (L, H); act
 
 
 class Agent(nn.Module):
-    """pi(a | s) and V(s), the expected discounted return; s: prompt and actions, V's the prompt."""
+    """pi(a | s) and V(s), the expected discounted return; s: prompt, actions (V: the prompt)."""
 
     def __init__(self, model, tokenizer, norm="word", max_prompts=4, standardize=False, eps=1e-5):
         super().__init__()
         self.tokenizer, self.norm, self.max_prompts = tokenizer, norm, max_prompts
         # LoRA adds to a frozen matrix the product of two thin ones, at first 0. Paper: queries and
-        # values of all blocks; ours: the last ten's matrices (section 5 runs the rest only once).
+        # values of all blocks; ours: all of the last ten (section 5 runs the rest once a state).
         blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
         last = {*blocks[-10:].modules()}
         skip = [name for name, x in model.named_modules() if x not in last or "out_proj" in name]
@@ -188,7 +188,7 @@ class Agent(nn.Module):
 # === 4. PPO: play with the present policy, judge each decision by what followed, move a little. ===
 class Episode:
     """A game, then the next: `env` has a goal and Gymnasium's reset and step; info: "actions"
-    (index -> phrase; the offered ones), "primitive_steps", "success", which earns about 1."""
+    (index -> phrase; the offered ones), "primitive_steps", "success" (earns about 1)."""
 
     def __init__(self, env, gamma: float):
         self.env, self.gamma = env, gamma
@@ -276,7 +276,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
 
     Before an update's first step pi is pi_old and r is 1, up to rounding. Past 1 + eps (A > 0) or
-    1 - eps (A < 0) the gradient is 0; an r gone the wrong way keeps it. kl: how far pi moved.
+    1 - eps (A < 0) the gradient is 0; an r past the other end keeps it. kl: how far pi moved.
     From a state to its loss: "You hold the raw tomato. ... your next step is to" has five endings
     with these log P. The third, to put it on the board, has A = 0.5; a step later its pi is 0.45.
     >>> log_probs = [torch.tensor([-4.8626, -4.3751, -0.9627, -2.1809, -4.5880])]
@@ -299,7 +299,7 @@ def policy_loss(new_log_prob, old_log_prob, advantage, entropy, clip_coef, ent_c
 
 def minibatches(states, args, rng: random.Random):
     """Yield the indices of all n decisions, each epoch shuffled anew, in m nearly equal parts. With
-    whole_states those of one state share a part (its end may cut them): one pass an epoch."""
+    whole_states those of one state share a part (but for the cut ones): one LM pass an epoch."""
     n, m = len(states), args.minibatches
     for _ in range(args.epochs):
         order = rng.sample(range(n), n)
@@ -312,7 +312,7 @@ def minibatches(states, args, rng: random.Random):
 
 def update_policy(agent: Agent, rollout, args, rng) -> dict:
     """Move LoRA towards decisions that turned out better than expected, but not far."""
-    # Over std alone, a rollout of mere critic's errors would push as hard as a success: so add 1.
+    # Divided by std alone, mere critic's errors would push as hard as a success would: so add 1.
     advantages = rollout.advantage - rollout.advantage.mean()  # (T * N,)
     advantages = advantages / (advantages.std() + args.advantage_eps)
     weights, log = [p for p in agent.model.parameters() if p.requires_grad], []
@@ -454,7 +454,7 @@ def decode_above(model, encoded, ids, sees, of_states):
             with blocks[n - 1].register_forward_hook(keep):
                 decode(model, *as_tree([state])[:2], blocks[n:], lambda *_, **__: memory[key])
         a_tuple = isinstance(memory[key], tuple)  # of some models, which begins with (1, L, H)
-        below[own] = (memory[key][0][0] if a_tuple else memory[key][0])[:len(own)]  # prompt first
+        below[own] = (memory[key][0][0] if a_tuple else memory[key][0])[:len(own)]  # or prompt only
     result = (below[None],) if a_tuple else below[None]
     return decode(model, ids, sees, blocks[:n], lambda *_, **__: result)
 
@@ -518,7 +518,7 @@ def may_pack(model, encoded) -> bool:
 
 
 # P processes (accelerate launch) play the same P * n_envs episodes with the same random numbers and
-# all train the critic. They share the policy's passes: so add_up, in_parts, from_all anew.
+# all train the critic. They share the policy's passes: so new add_up, in_parts, from_all.
 def add_up(weights: list[nn.Parameter], sums: torch.Tensor) -> torch.Tensor:
     for p in weights:
         p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")  # None: no part
@@ -573,9 +573,9 @@ def load_lm(name: str, device: str, dtype: str):
 
 def rehearse(agent, coef: float, rng):
     """Pseudo-rehearsal (Robins, 1995), to forget less. A step of the policy adds the gradients of
-    coef * KL(p_0, p), mean over one of 32 texts that the LM, adapter off (p_0), wrote at first."""
+    coef * KL(p_0, p), mean over the 40 tokens of one of 32 texts by p_0, the LM, adapter off."""
     model, texts = agent.model, vars(agent).setdefault("texts", [])  # 32 lists of 40 ids
-    log_p = lambda ids: F.log_softmax((  # not packed: whole, for an LM that also scales its logits
+    log_p = lambda ids: F.log_softmax((  # if not packed, whole: its logits may be scaled
         model.get_output_embeddings()(last_hidden(model, ids, [[0]]))  # [[0]]: any action
         if may_pack(model, [(ids, [[0]])]) else
         model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]).float(), dim=-1)
@@ -680,7 +680,7 @@ def load_checkpoint(run: Path, agent: Agent) -> dict:
 def train(args, agent: Agent, run: Path, plays=Episode):
     """Train on episodes of the kind `plays`; a folder with a checkpoint is resumed. A run repeats
     itself to the last bit (seconds aside), in one go or resumed, on one machine: torch's seed
-    makes LoRA, critic and `rehearse`'s texts; `rng` draws all but evaluation's, the games nothing.
+    makes LoRA, critic, `rehearse`'s texts; `rng` draws the rest, bar evaluation; games draw none.
     Rounding depends on what goes through the LM together: so new states are sorted, an update
     forgets all policies, the critic's states go one by one. The checkpoint has the rest."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
@@ -699,7 +699,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         write(run / "metrics.csv", text())  # the checkpoint's log is the true one
         rng.setstate(saved["rng"])
         for episode, state in zip(playing, saved["playing"]):
-            episode.obs, episode.info = episode.env.set_state(state)  # ret, length: for evaluation
+            episode.obs, episode.info = episode.env.set_state(state)  # ret, length: unused here
     else:
         before = evaluate(agent, args, EVALUATION_EPISODES, "evaluation", plays)
         write(run / "config.json", json.dumps(asdict(args), indent=2))
