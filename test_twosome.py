@@ -808,6 +808,19 @@ def test_the_log_measures_the_policy_that_plays():
     assert len(set(rows)) > 5  # other episodes with every seed
 
 
+def test_a_log_without_success_trains_the_same(finished):
+    """Otherwise who leaves the test games out to save time would get another agent."""
+    twosome.main([*TINY_RUN, "--log-success", "no", "--out", "untested"])
+    assert len(metrics("untested")) == len(metrics(finished))
+    for row, tested in zip(metrics("untested"), metrics(finished)):
+        empty = {name for name, x in row.items() if x == ""}
+        assert empty == {"success", "return", "length"}
+        assert all(float(x) == pytest.approx(float(tested[name]), rel=1e-3, abs=1e-5)
+                   for name, x in row.items() if name not in empty)
+    with pytest.raises(ValueError, match="no row with a success"):
+        plot.read_runs([Path("untested")])
+
+
 ctrl_c = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 half_a_file = lambda _, file: (file.write(b"half a file"), ctrl_c())
 # Within torch.save, which makes an error of its own of it.

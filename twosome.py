@@ -684,6 +684,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     Rounding depends on what goes through the LM together: so new states are sorted, an update
     forgets all policies, the critic's states go one by one. The checkpoint has the rest."""
     best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
+    n_tests = EPISODES_PER_ROW if args.log_success else 0
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
     rng, rows, seconds, env_steps = random.Random(args.seed), [], 0.0, 0
@@ -713,20 +714,18 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     try:
         while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):  # it stopped
             started, update = time.perf_counter(), len(rows) + 1
-            # How good is the policy that plays now? New episodes tell. Those that end within a
-            # rollout would not: the short, successful ones end first.
-            played = evaluate(agent, args, EPISODES_PER_ROW, f"row {update}", plays)
+            # New episodes. In a rollout's own the short, successful ones would end first.
+            tested = evaluate(agent, args, n_tests, f"row {update}", plays) if n_tests else {}
             rollout, learned = next(updates)
             env_steps += rollout.env_steps
             seconds += time.perf_counter() - started
-            log = dict.fromkeys(METRICS, "") | learned | {
-                name: played[name] for name in ("success", "return", "length")} | {
+            log = dict.fromkeys(METRICS, "") | tested | learned | {
                 "update": update, "env_steps": env_steps, "seconds": seconds}
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
                 raise ValueError(f"update {update}: a number is not finite; if that comes again, "
                                  "begin anew with lower rates;")
-            rows.append({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in log.items()})
+            rows.append({k: f"{log[k]:.6g}" if type(log[k]) is float else log[k] for k in METRICS})
             write(run / "metrics.csv", text())
             write(run / "checkpoint.pt", {
                 "weights": trained_parameters(agent), "rows": rows, "before": before,
@@ -798,6 +797,7 @@ class Args:
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
+    log_success: bool = knob(True, "32 test games an update, with SmolLM2 half the time; paper: no")
     method: str = knob("twosome", "experiments/baselines.py has others", choices=["twosome"])
 
     def __post_init__(self):

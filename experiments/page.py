@@ -248,7 +248,7 @@ def world(agent, args, run: Path) -> dict:
              for (prompt, phrases), (_, actions) in zip(views, encoded)]
     log = run / "metrics.csv"  # a run of 0 steps has none
     log = [[float(row[name]) for name in ("env_steps", "success", "return")]
-           for row in csv.DictReader(log.open() if log.exists() else [])]
+           for row in csv.DictReader(log.open() if log.exists() else []) if row["success"]]
     if (run / "summary.json").exists():  # the run is over
         before = json.loads((run / "summary.json").read_text())["before"]
         log.insert(0, [0, before["success"], before["return"]])

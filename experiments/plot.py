@@ -182,11 +182,11 @@ def read_runs(runs: list[Path]) -> dict[str, dict[str, list]]:
         try:
             config = json.loads((run / "config.json").read_text())
             with open(run / "metrics.csv", newline="") as file:
-                curve = list(csv.DictReader(file))
+                curve = [row for row in csv.DictReader(file) if row["success"]]
         except (OSError, ValueError) as error:
             raise ValueError(f"{run} is not a run's folder, or has not trained ({error})") from None
         if not curve:
-            raise ValueError(f"no update has ended in {run} yet")
+            raise ValueError(f"{run} has no row with a success (--log-success no), or no row yet")
         seed, settings = config["seed"], json.dumps(config | {"seed": 0, "out": ""}, sort_keys=True)
         # A run with a seed that is there already is another agent (say, of altered code).
         group = next(i for i in itertools.count() if seed not in alike.get((settings, i), ()))
