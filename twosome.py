@@ -251,10 +251,9 @@ def collect(agent: Agent, playing: list[Episode], args, rng: random.Random):
             reward, discount, terminated, truncated = episode.act(chosen)
             # Out of time is a cut, not an end (no prompt has a clock): V stands in for the rest.
             no_future = terminated or (truncated and not args.bootstrap_time_limit)
-            decisions.append({
-                "state": state, "chosen": chosen, "log_prob": policy[chosen].item(),
-                "reward": reward, "discount": discount, "done": episode.over,
-                "no_future": no_future, "next": state if no_future else episode.state()})
+            decisions.append(dict(state=state, chosen=chosen, log_prob=policy[chosen].item(),
+                                  next=state if no_future else episode.state(), reward=reward,
+                                  discount=discount, done=episode.over, no_future=no_future))
             if episode.over:
                 episode.start()
     flat = lambda name: torch.tensor([d[name] for d in decisions], dtype=torch.float32)  # (T * N,)
@@ -574,19 +573,21 @@ def load_lm(name: str, device: str, dtype: str):
 def rehearse(agent, coef: float, rng):
     """Pseudo-rehearsal (Robins, 1995), to forget less. A step of the policy adds the gradients of
     coef * KL(p_0, p), mean over the 40 tokens of one of 32 texts by p_0, the LM, adapter off."""
-    model, texts = agent.model, vars(agent).setdefault("texts", [])  # 32 lists of 40 ids
+    model, texts = agent.model, vars(agent).setdefault("texts", {})  # 40 ids -> log p_0 (40, V)
     log_p = lambda ids: F.log_softmax((  # if not packed, whole: its logits may be scaled
-        model.get_output_embeddings()(last_hidden(model, ids, [[0]]))  # [[0]]: any action
-        if may_pack(model, [(ids, [[0]])]) else
+        model.get_output_embeddings()(last_hidden(model, ids, [(0,)]))  # (0,): any action
+        if may_pack(model, [(ids, [(0,)])]) else
         model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]).float(), dim=-1)
-    with torch.no_grad(), model.disable_adapter():
-        if not texts:
-            texts += model.generate(
+    if not texts:
+        with model.disable_adapter():
+            texts |= dict.fromkeys(map(tuple, model.generate(
                 torch.randint(agent.tokenizer.vocab_size, (32, 1)).to(model.device), do_sample=True,
-                temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40).tolist()
-        drawn = [(ids, log_p(ids)) for (ids,) in in_parts([rng.choice(texts)], 1)]
-    for ids, log_p_0 in drawn:  # all processes have drawn a text, one of them computes
-        (coef * F.kl_div(log_p(ids), log_p_0, reduction="batchmean", log_target=True)).backward()
+                temperature=1.0, top_k=0, top_p=1.0, min_length=40, max_length=40).tolist()))
+    for (ids,) in in_parts([rng.choice([*texts])], 1):  # all draw; one process computes
+        if texts[ids] is None:
+            with torch.no_grad(), model.disable_adapter():
+                texts[ids] = log_p(ids)
+        (coef * F.kl_div(log_p(ids), texts[ids], reduction="batchmean", log_target=True)).backward()
 
 
 # === 7. A run: a folder with a row for each update, from which it can go on, and what came out. ===
@@ -683,8 +684,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     makes LoRA, critic, `rehearse`'s texts; `rng` draws the rest, bar evaluation; games draw none.
     Rounding depends on what goes through the LM together: so new states are sorted, an update
     forgets all policies, the critic's states go one by one. The checkpoint has the rest."""
-    best, team = ENVS[args.env].OPTIMUM[args.task], PartialState()
-    n_tests = EPISODES_PER_ROW if args.log_success else 0
+    best, team, n = ENVS[args.env].OPTIMUM[args.task], PartialState(), EPISODES_PER_ROW
     write = save if team.is_main_process else lambda path, content: None
     playing = [make_episode(args, plays) for _ in range(args.n_envs * team.num_processes)]
     rng, rows, seconds, env_steps = random.Random(args.seed), [], 0.0, 0
@@ -715,7 +715,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
         while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):  # it stopped
             started, update = time.perf_counter(), len(rows) + 1
             # New episodes. In a rollout's own the short, successful ones would end first.
-            tested = evaluate(agent, args, n_tests, f"row {update}", plays) if n_tests else {}
+            tested = evaluate(agent, args, n, f"row {update}", plays) if args.log_success else {}
             rollout, learned = next(updates)
             env_steps += rollout.env_steps
             seconds += time.perf_counter() - started
@@ -797,7 +797,7 @@ class Args:
     vf_coef: float = knob(0.5, "weight of the value loss, for max_grad_norm; paper: the same")
     target_kl: float = knob(0.02, "stop the policy's update beyond this KL; paper: the same")
     max_grad_norm: float = knob(0.5, "gradient clipping; paper: the same")
-    log_success: bool = knob(True, "32 test games an update, with SmolLM2 half the time; paper: no")
+    log_success: bool = knob(True, "32 test games an update, up to 1/4 of the time; paper: no")
     method: str = knob("twosome", "experiments/baselines.py has others", choices=["twosome"])
 
     def __post_init__(self):
