@@ -184,6 +184,7 @@ def run_updates(way: str, agent, args, n: int = 1):
         agent.optimizers[name].state.clear()
         agent.optimizers[name].param_groups[0]["lr"] = rate
     agent.policy_memory, agent.features_memory = {}, {}
+    agent.texts = dict.fromkeys(getattr(agent, "texts", ()))  # rehearsal's, without their p_0
     vars(agent.model).pop("below_lora", None)
     encode.cache_clear()
     playing = [twosome.make_episode(args, Costly) for _ in range(args.n_envs)]
