@@ -714,7 +714,7 @@ def train(args, agent: Agent, run: Path, plays=Episode):
     try:
         while len(rows) < n_updates and not (rows and rows[-1]["value_loss"] == ""):  # it stopped
             started, update = time.perf_counter(), len(rows) + 1
-            # New episodes. In a rollout's own the short, successful ones would end first.
+            # New episodes tell: of a rollout's own the short, successful ones end first.
             tested = evaluate(agent, args, n, f"row {update}", plays) if args.log_success else {}
             rollout, learned = next(updates)
             env_steps += rollout.env_steps
