@@ -719,13 +719,13 @@ def train(args, agent: Agent, run: Path, plays=Episode):
             rollout, learned = next(updates)
             env_steps += rollout.env_steps
             seconds += time.perf_counter() - started
-            log = dict.fromkeys(METRICS, "") | tested | learned | {
-                "update": update, "env_steps": env_steps, "seconds": seconds}
+            new = tested | learned | {"update": update, "env_steps": env_steps, "seconds": seconds}
+            log = {name: new.get(name, "") for name in METRICS}
             if not (np.isfinite([x for x in log.values() if x != ""]).all()
                     and all(p.isfinite().all() for p in trained_parameters(agent).values())):
                 raise ValueError(f"update {update}: a number is not finite; if that comes again, "
                                  "begin anew with lower rates;")
-            rows.append({k: f"{log[k]:.6g}" if type(log[k]) is float else log[k] for k in METRICS})
+            rows.append({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in log.items()})
             write(run / "metrics.csv", text())
             write(run / "checkpoint.pt", {
                 "weights": trained_parameters(agent), "rows": rows, "before": before,
