@@ -1,78 +1,117 @@
 """A household in words: the two VirtualHome tasks of the TWOSOME paper, without VirtualHome.
 
-    env = VirtualHomeText(task="food-preparation")  # VirtualHomeText.TASKS names all tasks
+    env = VirtualHomeText(task="food-preparation")  # VirtualHomeText.TASKS names all tasks.
     obs, info = env.reset()  # "This home has a kitchen, a bathroom, a bedroom and a living ..."
     obs, reward, terminated, truncated, info = env.step(4)  # the index of an action
 
-Heating and washing are one task in different words: bring a thing into a machine, close its door.
-`food-preparation` is the paper's; six others are unseen, to test generalisation. `entertainment`:
-sit on the sofa in front of the running television while chips and milk are held or on the table.
+The home has four rooms. In them are things, which the agent can carry, and furniture, which stays
+where it is. The agent starts in the room of the things.
 
-**Rules**
-- One action is one step. The reward is 1 at the goal (terminated), else 0; 50 steps are the limit
-  (truncated). Any action may be stepped at any time; what can not be done passes without effect.
-- Walking to a room brings the agent close to nothing but what it holds; walking to something in
-  view brings it close to that, and away from the rest.
-- Picking up, putting, opening and switching need the agent to be close; the television also needs
-  one of the two hands free. A thing goes into a machine only while its door is open.
-- What lies in the open machine is close when the machine is. What lies on the coffee table can be
-  picked up from there, but counts as close only after a walk to it.
+**Tasks.** There are two kinds.
+- *A machine task:* put a thing into a machine and close the door. "food-preparation" is the
+  paper's. Six others have different words and the same rules. They are for testing only, to see
+  whether what was learned carries over.
+- *"entertainment":* sit on the sofa in front of the running television, with the chips and the milk
+  in the hands or on the coffee table.
 
-**What is hidden**: the observation is less than the state. Nothing is random.
-- What lies in other rooms, and whether the machine or the television there is open or on.
-- Whether the agent is still seated. While it is, no walk succeeds. Standing up does not show: only
-  a walk ends the facing of the television, and "took a seat" stays true for the episode.
-- The recorded room of each held thing: where the agent was before its latest walk. Walking to the
-  thing leads there. (An oddity of the simulator, kept, but never offered.)
+**Actions.** Each takes one step. Any action may be taken at any time. One that cannot be done has
+no effect.
+- *Walk to a room.* Then the agent is close to nothing but what it holds.
+- *Walk to a thing or to furniture in view.* Then the agent is close to that and away from the rest.
+  A walk to the machine also leads to what is in it. A walk to what is in the machine or on the
+  coffee table also leads to the machine or to the table.
+- *Pick up a thing.* The agent must be close to it. From the coffee table it can also pick a thing
+  up when it is close to the table.
+- *Put a thing into the machine or onto the coffee table.* The agent must hold the thing. It must be
+  close to the machine, with the door open, or to the table. The thing stays close until it walks.
+- *Open or close the machine.* The agent must be close to it.
+- *Turn the television on or off.* The agent must be close to it and have one of two hands free.
+- *Sit down on the sofa.* The agent must be close to it, and then faces the television. While it is
+  seated, it cannot walk.
+- *Stand up from the sofa.* The agent still faces the television, until it walks.
 
-**Offered actions** (info["actions"]): walking to the three other rooms, and what can have an effect
-as far as the agent perceives. The reference lists them by hand; the differences are:
-- Nothing that visibly fails, and no walk to a thing in hand: such choices only dilute the policy.
-- What lies in the open machine or on the coffee table can be picked up again, and the second snack
-  can join the first there: what is possible is not withheld.
-- With one snack left in the kitchen the agent can walk to it. The reference names the absent one.
-- While the agent faces the television, on or off, it may stand up; else, at the sofa, sit down.
-- Walks and the uses of the furniture stay offered at the coffee table with empty hands and at the
-  sofa after taking a seat. In the reference 37 reachable states are dead ends; here none is.
+**Rewards.** The goal earns 1 and ends the episode. Everything else earns 0. The time limit is 50
+steps. Nothing is random.
+
+**What is hidden.** The observation is less than the state.
+- The agent does not perceive what lies in other rooms, nor whether the machine there is open or the
+  television there is on.
+- It does not perceive whether it is still seated. Standing up does not show, and the text "You took
+  a seat" stays true for the episode.
+- A held thing has a recorded room: where the agent was before its latest walk or, if it has not
+  walked since, where it picked the thing up. Walking to the held thing leads there. This oddity of
+  the simulator is kept, but never offered.
+
+**Which actions are offered.** info["actions"] has the walks to the three other rooms, and what can
+have an effect as far as the agent perceives. The paper's code lists the offered actions by hand.
+It differs in these points:
+- It offers some actions that visibly fail, and walks to a thing in the hand. They are left out
+  here, because they only make the choice harder.
+- It does not offer to pick up again what lies in the open machine or on the coffee table, nor to
+  put a second thing on the coffee table. Both are possible and offered here.
+- When one of the two things is left in the kitchen, it offers a walk to the absent one.
+- It offers to sit down only while the television is on, and then also to stand up. Here an agent
+  that faces the television may stand up, and otherwise, at the sofa, it may sit down.
+- It offers only the other rooms at the coffee table with empty hands, and at the sofa after taking
+  a seat. So 37 states that can be reached are dead ends there, and none is here.
 """
+
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-MAX_STEPS = 50  # steps in an episode
+MAX_STEPS = 50  # the time limit of an episode, in steps
 ROOMS = ("kitchen", "bathroom", "bedroom", "living room")  # in the order of the vector
 ROOM_ACTIONS = ("living room", "kitchen", "bathroom", "bedroom")  # in the order of the actions
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is about."""
-    goal: str  # a clause: "To {goal}, your next step is to ..."
-    things: tuple[str, ...]  # what can be carried; nothing else can
-    home: str  # the room where the things lie and where the agent starts
+    """What is fixed in a task."""
+
+    goal: str  # a clause that the prompt uses
+    things: tuple[str, ...]  # what can be carried
+    home: str  # the room where the things are and the agent starts
     furniture: tuple[str, ...]
     room: str  # the room of the furniture
     target: str  # the piece of furniture that things are put into or onto
-    has_door: bool  # the target is a machine to put things into, not a table
+    has_door: bool  # whether the target is a machine with a door, not a table
     uses: tuple[tuple[str, str], ...]  # the actions after walking, picking up and putting
 
 
-def machine_task(verb: str, thing: str, machine: str, room: str = "kitchen") -> Task:
-    return Task(goal=f"{verb} the {thing} in the {machine}", things=(thing,), home=room,
-                furniture=(machine,), room=room, target=machine, has_door=True,
-                uses=(("open", machine), ("close", machine)))
+def machine_task(verb, thing, machine, room="kitchen"):
+    """The task to put a thing into a machine and to close the door."""
+    return Task(
+        goal=f"{verb} the {thing} in the {machine}",
+        things=(thing,),
+        home=room,
+        furniture=(machine,),
+        room=room,
+        target=machine,
+        has_door=True,
+        uses=(("open", machine), ("close", machine)),
+    )
 
 
 TASKS = {
     "food-preparation": machine_task("heat", "pancake", "microwave"),
     "entertainment": Task(
-        goal="enjoy the chips and the milk in front of the television", things=("chips", "milk"),
-        home="kitchen", furniture=("coffee table", "television", "sofa"), room="living room",
-        target="coffee table", has_door=False,
-        uses=(("turn on", "television"), ("turn off", "television"),
-              ("sit down on", "sofa"), ("stand up from", "sofa"))),
-    # The unseen tasks: other words for food-preparation, never trained on.
+        goal="enjoy the chips and the milk in front of the television",
+        things=("chips", "milk"),
+        home="kitchen",
+        furniture=("coffee table", "television", "sofa"),
+        room="living room",
+        target="coffee table",
+        has_door=False,
+        uses=(
+            ("turn on", "television"),
+            ("turn off", "television"),
+            ("sit down on", "sofa"),
+            ("stand up from", "sofa"),
+        ),
+    ),
+    # These test generalisation: other words for food-preparation, never trained on.
     "cheese": machine_task("heat", "cheese", "microwave"),
     "hamburger": machine_task("heat", "hamburger", "microwave"),
     "apple-pie": machine_task("heat", "apple pie", "microwave"),
@@ -84,67 +123,86 @@ TASKS = {
 
 @dataclass
 class State:
-    """All that changes in the home, as plain JSON types."""
-    agent: str  # the room the agent is in
-    close: list[str] = field(default_factory=list)  # what the latest walk led to; not: what is held
+    """All that changes in the home, in plain JSON types."""
+
+    agent: str  # the room that the agent is in
+    close: list[str] = field(default_factory=list)  # what it is close to and does not hold
     held: dict[str, str] = field(default_factory=dict)  # thing -> its recorded room
-    placed: list[str] = field(default_factory=list)  # things in or on the target
+    placed: list[str] = field(default_factory=list)  # the things in or on the target
     open: bool = False  # the machine's door
     tv_on: bool = False
-    facing: bool = False  # the agent faces the television
-    took_seat: bool = False  # the agent has sat down once
-    seated: bool = False  # hidden
+    facing: bool = False  # whether the agent faces the television
+    took_seat: bool = False  # whether it has sat down once
+    seated: bool = False  # whether it is seated now, which is hidden
 
 
 class VirtualHomeText:
-    """One household task, with Gymnasium's calls. `step` takes the index of an action.
-    Raises ValueError when `task` is none of TASKS."""
+    """One household task, with Gymnasium's calls.
+
+    `gamma`, the discount of a step, is only kept: an action is one step, so there is nothing to
+    discount within it. Raises ValueError when `task` is none of TASKS."""
+
     TASKS = tuple(TASKS)
     # The best discounted return of each task with gamma 0.95, by exact search over all states.
-    OPTIMUM = {task: 0.59874 if task == "entertainment" else 0.77378 for task in TASKS}
+    OPTIMUM = dict.fromkeys(TASKS, 0.77378) | {"entertainment": 0.59874}
+    GAMMA = 0.95  # the discount of a step, unless told otherwise
+    STEPS = dict.fromkeys(TASKS, 5_120) | {"entertainment": 12_800}  # decisions to learn from
 
-    def __init__(self, task: str = "food-preparation"):
+    def __init__(self, task="food-preparation", gamma=GAMMA):
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; valid tasks: {', '.join(TASKS)}")
-        self.task, self._task = task, TASKS[task]
+        self.task = task
+        self.gamma = gamma
+        self._task = TASKS[task]
         self.goal = self._task.goal
         self._on_target = f"{'in' if self._task.has_door else 'on'} the {self._task.target}"
-        places = (*ROOM_ACTIONS, *self._task.things, *self._task.furniture)
-        self._actions = [*(("walk to", place) for place in places),
-                         *(("pick up", thing) for thing in self._task.things),
-                         *(("put", thing) for thing in self._task.things), *self._task.uses]
+        things = self._task.things
+        places = (*ROOM_ACTIONS, *things, *self._task.furniture)
+        self._actions = [("walk to", place) for place in places]
+        self._actions += [("pick up", thing) for thing in things]
+        self._actions += [("put", thing) for thing in things]
+        self._actions += self._task.uses
         self.n_actions = len(self._actions)
-        self._told: dict[tuple, tuple] = {}  # vector -> (observation text, offered phrases)
+        self._text_cache = {}  # vector -> (observation text, offered phrases)
         self.reset()
-        self._running = False  # until the caller begins an episode
+        self._running = False  # The caller has not begun an episode yet.
 
-    def reset(self, seed: int = 0) -> tuple[str, dict]:
-        """Begin an episode. Returns (obs, info). Nothing is random: `seed` makes no difference."""
-        self._state, self._steps, self._running = State(agent=self._task.home), 0, True
+    def reset(self, seed=0):
+        """Begin an episode. Returns the observation (English text) and the info (a dict):
+
+        - "actions" maps the index of each offered action to its phrase.
+        - "vector" is the observation in numbers, a float32 array of 11 or 21 (see `_vector`).
+        - "primitive_steps" counts the steps of the latest action: 0 here, 1 after `step`.
+        - "success" says whether the goal is reached.
+
+        Nothing is random, so `seed` makes no difference."""
+        self._state = State(agent=self._task.home)
+        self._steps = 0
+        self._running = True
         return self._observe()
 
-    def step(self, action: int) -> tuple[str, float, bool, bool, dict]:
-        """Carry out an action. Returns (obs, reward, terminated, truncated, info).
-        info["changed"] says whether it changed the state.
-        Raises RuntimeError when no episode is running, ValueError when `action` is no index."""
+    def step(self, action):
+        """Carry out the action with this index, whether it is offered or not.
+
+        Returns (obs, reward, terminated, truncated, info). `terminated` is True at the goal,
+        `truncated` at the time limit. `obs` and `info` are as in `reset`. Raises RuntimeError when
+        no episode is running, and ValueError when `action` is no index."""
         if not self._running:
             raise RuntimeError("no episode is running: call reset()")
-        if not isinstance(action, (int, np.integer)) or not 0 <= action < self.n_actions:
+        if not isinstance(action, int | np.integer) or not 0 <= action < self.n_actions:
             raise ValueError(f"action {action!r} is no integer from 0 to {self.n_actions - 1}")
-        before = deepcopy(self._state)
         if self._possible(*self._actions[action]):
             self._do(*self._actions[action])
         self._steps += 1
         obs, info = self._observe(primitive_steps=1)
-        info["changed"] = self._state != before
         terminated = info["success"]
         truncated = not terminated and self._steps >= MAX_STEPS
         self._running = not (terminated or truncated)
         return obs, float(terminated), terminated, truncated, info
 
-    # --- The rules --------------------------------------------------------------------------------
-    def _visible(self, name: str) -> bool:
-        """In the agent's hands, or in its room and not behind a closed door."""
+    # --- The rules, which the top of the file tells in words --------------------------------------
+    def _visible(self, name):
+        """Whether it is in the hands, or in the agent's room and not behind a closed door."""
         state, task = self._state, self._task
         if name in state.held:
             return True
@@ -152,41 +210,36 @@ class VirtualHomeText:
             return state.agent == task.room and (state.open or not task.has_door)
         return state.agent == (task.home if name in task.things else task.room)
 
-    def _close(self, name: str) -> bool:
+    def _close(self, name):
         return name in self._state.close or name in self._state.held
 
-    def _possible(self, verb: str, noun: str) -> bool:
-        """Whether the action can be done. What is close is also in the agent's room."""
+    def _possible(self, verb, noun):
+        """Whether the action can be done. What is close is always in the agent's room."""
         state, task = self._state, self._task
         if verb == "walk to":
             return not state.seated and (noun in ROOMS or self._visible(noun))
-        if verb == "pick up":  # there are two things at most: a hand is always free for the second
+        if verb == "pick up":  # There are two hands and at most two things, so one hand is free.
             on_target = noun in state.placed and task.target in state.close
             return noun not in state.held and (noun in state.close or on_target)
         if verb == "put":
-            accepts = task.target in state.close and (state.open or not task.has_door)
-            return noun in state.held and accepts
-        if verb == "sit down on":
-            return self._close(noun) and not state.seated
+            is_open = state.open or not task.has_door
+            return noun in state.held and task.target in state.close and is_open
         if verb == "stand up from":
             return state.seated
-        is_on = state.open if task.has_door else state.tv_on
-        free_hand = len(state.held) < 2  # the television needs one; a machine's task has one thing
-        return self._close(noun) and free_hand and is_on == (verb in ("close", "turn off"))
+        if noun not in state.close:  # All other actions use furniture.
+            return False
+        if verb == "sit down on":
+            return not state.seated
+        if verb in ("open", "close"):
+            return state.open == (verb == "close")
+        free_hand = len(state.held) < 2
+        return free_hand and state.tv_on == (verb == "turn off")
 
-    def _do(self, verb: str, noun: str) -> None:
+    def _do(self, verb, noun):
         """Change the state by an action that is possible."""
-        state, task = self._state, self._task
+        state = self._state
         if verb == "walk to":
-            before = state.agent
-            state.agent = noun if noun in ROOMS else state.held.get(noun, before)
-            state.held = {thing: before for thing in state.held}
-            state.facing = False
-            state.close = [] if noun in ROOMS or noun in state.held else [noun]
-            if noun in state.placed:
-                state.close.append(task.target)
-            elif noun == task.target and task.has_door:
-                state.close += state.placed
+            self._walk(noun)
         elif verb == "pick up":
             state.held[noun] = state.agent
             state.close = [name for name in state.close if name != noun]
@@ -198,33 +251,55 @@ class VirtualHomeText:
         elif verb == "sit down on":
             state.seated = state.facing = state.took_seat = True
         elif verb == "stand up from":
-            state.seated = False  # still facing, and the seat still counts
-        elif task.has_door:
+            state.seated = False
+        elif verb in ("open", "close"):
             state.open = verb == "open"
-            state.close = [task.target]  # a closed door hides what is inside
+            state.close = [noun]  # A closed door hides what is inside.
         else:
             state.tv_on = verb == "turn on"
 
-    def _success(self) -> bool:
+    def _walk(self, to):
+        """Walk to a room, to a thing or to furniture."""
+        state, task = self._state, self._task
+        start = state.agent
+        state.agent = to if to in ROOMS else state.held.get(to, start)
+        state.held = dict.fromkeys(state.held, start)
+        state.facing = False
+        state.close = []
+        if to not in ROOMS and to not in state.held:
+            state.close.append(to)
+        if to in state.placed:
+            state.close.append(task.target)
+        elif to == task.target and task.has_door:
+            state.close += state.placed
+
+    def _success(self):
         state, task = self._state, self._task
         if task.has_door:
             return bool(state.placed) and not state.open
         ready = all(self._close(thing) or thing in state.placed for thing in task.things)
-        return state.facing and state.tv_on and ready  # who faces the television has taken a seat
+        return state.facing and state.tv_on and ready  # Only an agent on the sofa gets to face it.
 
-    # --- The observation in words -----------------------------------------------------------------
-    def _observe(self, primitive_steps: int = 0) -> tuple[str, dict]:
+    # --- The observation in numbers and in words --------------------------------------------------
+    def _observe(self, primitive_steps=0):
         vector = self._vector()
-        if vector not in self._told:  # text and offered phrases depend on the vector alone
-            phrases = {index: self._phrase(*pair) for index, pair in enumerate(self._actions)
-                       if self._offered(*pair)}
-            self._told[vector] = self._text(), phrases
-        obs, phrases = self._told[vector]
-        return obs, {"actions": dict(phrases), "vector": np.array(vector, dtype=np.float32),
-                     "primitive_steps": primitive_steps, "success": self._success()}
+        if vector not in self._text_cache:  # Text and phrases depend on the vector alone.
+            phrases = {}
+            for index, action in enumerate(self._actions):
+                if self._offered(*action):
+                    phrases[index] = self._phrase(*action)
+            self._text_cache[vector] = self._text(), phrases
+        obs, phrases = self._text_cache[vector]
+        return obs, {
+            "actions": dict(phrases),
+            "vector": np.array(vector, dtype=np.float32),
+            "primitive_steps": primitive_steps,
+            "success": self._success(),
+        }
 
-    def _vector(self) -> tuple[bool, ...]:
-        """The symbolic observation, in the reference's order: 11 bits, in entertainment 21."""
+    def _vector(self):
+        """The observation in 11 or, in entertainment, 21 numbers, each 0 or 1, in the order of the
+        paper's code."""
         state, task = self._state, self._task
         here = state.agent == task.room
         vector = [state.agent == room for room in ROOMS]
@@ -233,97 +308,119 @@ class VirtualHomeText:
             if not task.has_door:
                 vector.append(here and thing in state.placed)
         if task.has_door:
-            thing_inside = here and state.open and bool(state.placed)
-            vector += [here, task.target in state.close, here and state.open, thing_inside]
+            is_open = here and state.open
+            vector += [here, task.target in state.close, is_open, is_open and bool(state.placed)]
         else:
-            vector += [here, "television" in state.close, state.facing, here and state.tv_on,
-                       here, "sofa" in state.close, here and state.took_seat,
-                       here, "coffee table" in state.close]
+            vector += [here, "television" in state.close, state.facing, here and state.tv_on]
+            vector += [here, "sofa" in state.close, here and state.took_seat]
+            vector += [here, "coffee table" in state.close]
         return tuple(vector)
 
-    def _text(self) -> str:
+    def _text(self):
         """The observation in English. Different vectors have different texts."""
         state, task = self._state, self._task
         here = state.agent == task.room
-        things = [x for x in task.things if self._visible(x)]  # also those in the hands
-        placed = [f"the {x}" for x in things if x in state.placed]
-        held = [f"the {x}" for x in things if x in state.held]
-        seen = [f"the {x}" for x in things if x not in (*state.placed, *state.held)]
-        seen += [f"{'the' if task.has_door else 'a'} {x}" for x in task.furniture if here]
-        near = [f"the {x}" for x in (*task.things, *task.furniture) if x in state.close]
-        parts = [f"This home has {listed(f'a {room}' for room in ROOMS)}.",
-                 f"You are in the {state.agent}.",
-                 f"You see {listed(seen) or 'nothing useful here'}."]
+        visible = [name for name in task.things if self._visible(name)]
+        placed = [f"the {name}" for name in visible if name in state.placed]
+        held = [f"the {name}" for name in visible if name in state.held]
+        seen = [f"the {name}" for name in visible if name not in (*state.placed, *state.held)]
+        if here:
+            seen += [f"{'the' if task.has_door else 'a'} {name}" for name in task.furniture]
+        near = [f"the {name}" for name in (*task.things, *task.furniture) if name in state.close]
+        sentences = [
+            "This home has a kitchen, a bathroom, a bedroom and a living room.",
+            f"You are in the {state.agent}.",
+            f"You see {listed(seen) or 'nothing useful here'}.",
+        ]
         if here and task.has_door:
-            parts.append(f"The {task.target} is {'open' if state.open else 'closed'}.")
+            sentences.append(f"The {task.target} is {'open' if state.open else 'closed'}.")
         if placed:
-            verb = "are" if len(placed) > 1 or placed[0] in ("the chips", "the clothes") else "is"
-            parts.append(f"{listed(placed).capitalize()} {verb} {self._on_target}.")
+            plural = len(placed) > 1 or placed[0] in ("the chips", "the clothes")
+            verb = "are" if plural else "is"
+            sentences.append(f"{listed(placed).capitalize()} {verb} {self._on_target}.")
         if near:
-            parts.append(f"You are next to {listed(near)}.")
+            sentences.append(f"You are next to {listed(near)}.")
         if here and not task.has_door:
-            parts.append(f"The television is {'on' if state.tv_on else 'off'}.")
+            sentences.append(f"The television is {'on' if state.tv_on else 'off'}.")
             if state.facing:
-                parts.append("You face the television.")
+                sentences.append("You face the television.")
             if state.took_seat:
-                parts.append("You took a seat on the sofa.")
-        parts.append(f"You hold {listed(held)}." if held else "Your hands are empty.")
-        return " ".join(parts)
+                sentences.append("You took a seat on the sofa.")
+        sentences.append(f"You hold {listed(held)}." if held else "Your hands are empty.")
+        return " ".join(sentences)
 
-    def _phrase(self, verb: str, noun: str) -> str:
-        return f"{verb} the {noun}" + (f" {self._on_target}" if verb == "put" else "")
+    def _phrase(self, verb, noun):
+        if verb == "put":
+            return f"put the {noun} {self._on_target}"
+        return f"{verb} the {noun}"
 
-    def _offered(self, verb: str, noun: str) -> bool:
+    def _offered(self, verb, noun):
         """Whether the action can have an effect, as far as the agent perceives."""
-        state = self._state
         if verb == "walk to":
-            there_already = noun == state.agent or self._close(noun)
+            there_already = noun == self._state.agent or self._close(noun)
             return not there_already and (noun in ROOMS or self._visible(noun))
-        # Being seated is hidden. Facing the television is the best that the agent can go by.
+        # Whether the agent is seated is hidden. That it faces the television is the nearest sign.
         if verb == "sit down on":
-            return self._close(noun) and not state.facing
+            return self._close(noun) and not self._state.facing
         if verb == "stand up from":
-            return state.facing
+            return self._state.facing
         return self._possible(verb, noun)
 
     # --- The state --------------------------------------------------------------------------------
-    def get_state(self) -> dict:
-        """Returns all that is needed to continue from here, in plain JSON types."""
-        return {"task": self.task, "steps": self._steps, "running": self._running,
-                "home": asdict(self._state)}
+    def get_state(self):
+        """Returns all that is needed to go on from here, as a dict of plain JSON types."""
+        return {
+            "task": self.task,
+            "steps": self._steps,
+            "running": self._running,
+            "home": asdict(self._state),
+        }
 
-    def set_state(self, state: dict) -> tuple[str, dict]:
-        """Continue from what `get_state` returned. Returns (obs, info), as `reset` does.
-        Raises ValueError when it is a state of another task."""
+    def set_state(self, state):
+        """Go on from what `get_state` returned. Returns (obs, info), as `reset` does. Raises
+        ValueError when it is a state of another task."""
         if state["task"] != self.task:
             raise ValueError(f"a state of task {state['task']!r}, not {self.task!r}")
         self._state = State(**deepcopy(state["home"]))
-        self._steps, self._running = state["steps"], state["running"]
+        self._steps = state["steps"]
+        self._running = state["running"]
         return self._observe()
 
-    def render(self) -> str:
-        """Returns the home in ASCII: the true state, also what the agent can not perceive."""
+    def render(self):
+        """Returns the home as text graphics: the true state, also what the agent does not see."""
         state, task = self._state, self._task
-        door = f"{'open' if state.open else 'closed'}; " if task.has_door else ""
-        notes = {task.target: door + (", ".join(state.placed) or "empty"),
-                 "television": "on" if state.tv_on else "off",
-                 "sofa": "the agent sits here" if state.seated else "free"}
+        contents = ", ".join(state.placed) or "empty"
+        door = "open" if state.open else "closed"
+        notes = {
+            "television": "on" if state.tv_on else "off",
+            "sofa": "the agent sits here" if state.seated else "free",
+            task.target: f"{door}; {contents}" if task.has_door else contents,
+        }
         lines = {room: [] for room in ROOMS}
         lines[state.agent].append(f"@ holds {', '.join(state.held) or 'nothing'}")
         for name in (*task.things, *task.furniture):
-            if name not in state.held and name not in state.placed:
-                note = f" ({notes[name]})" if name in notes else ""
+            if name not in (*state.held, *state.placed):
                 room = task.home if name in task.things else task.room
-                lines[room].append(f"{'*' if name in state.close else '-'} {name}{note}")
-        boxes = [[f"+{f' {room} '.center(36, '-')}+",
-                  *(f"| {line:<34} |" for line in (lines[room] + [""] * 4)[:4]),
-                  f"+{'-' * 36}+"] for room in ROOMS]
-        rows = [" ".join(pair) for left in (0, 2) for pair in zip(*boxes[left:left + 2])]
-        return "\n".join([f"{self.task}, step {self._steps} of {MAX_STEPS}", *rows,
-                          "@ the agent   * next to the agent   - further away   (state; contents)"])
+                mark = "*" if name in state.close else "-"
+                note = f" ({notes[name]})" if name in notes else ""
+                lines[room].append(f"{mark} {name}{note}")
+        kitchen, bathroom, bedroom, living_room = (box(room, lines[room]) for room in ROOMS)
+        rows = [
+            f"{self.task}, step {self._steps} of {MAX_STEPS}",
+            *map("{} {}".format, kitchen, bathroom),
+            *map("{} {}".format, bedroom, living_room),
+            "@ the agent   * next to the agent   - further away   (state; contents)",
+        ]
+        return "\n".join(rows)
 
 
-def listed(phrases) -> str:
-    """["a", "b", "c"] -> "a, b and c"."""
-    *first, last = [*phrases] or [""]
-    return f"{', '.join(first)} and {last}" if first else last
+def box(title, lines):
+    """Draw a room: six lines of 38 characters, of which four are inside."""
+    inside = [*lines, "", "", "", ""][:4]
+    top = f" {title} ".center(36, "-")
+    return [f"+{top}+", *(f"| {line:<34} |" for line in inside), f"+{'-' * 36}+"]
+
+
+def listed(phrases):
+    """Join phrases: ["a", "b", "c"] becomes "a, b and c". The last comma becomes an "and"."""
+    return " and ".join(", ".join(phrases).rsplit(", ", 1))

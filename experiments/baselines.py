@@ -1,17 +1,20 @@
-"""The same PPO without a language model, a language model without PPO, and random choice.
+"""Other agents: PPO without a language model, a language model without PPO, and random choice.
 
     python experiments/baselines.py --method ppo --env overcooked
     python experiments/baselines.py --method saycan --env virtualhome
     python experiments/baselines.py --method random --task tomato-lettuce-salad
 
-Flags, folder and log are those of twosome.py, and so are rollout, advantages and updates: a
-baseline is an agent of another kind (what learns) and, where needed, an episode of another kind
-(what it is shown, and what it is rewarded for).
+A baseline is an agent of another kind, and it may see the environment in another way. All else is
+twosome.py: the flags, the training loop, the folder of a run. --resume and --evaluate need no
+--method, as the folder names it.
 """
 
-import argparse
 import json
+import signal
 import sys
+from argparse import ArgumentParser
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,19 +23,42 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import twosome  # noqa: E402
-from twosome import Agent, Episode, minibatches  # noqa: E402
+from experiments import lamp  # noqa: E402, F401 -- it adds the environment "lamp"
+from twosome import Agent, TextEnv, UserError, require, trainable  # noqa: E402
 
-# PPO's settings were searched as TWOSOME's were, on the same seeds (results/search.csv).
-BOTH = {"epochs": 10, "minibatches": 4, "adam_eps": 1e-5, "whole_states": False,
-        "rehearsal_coef": 0.0}
-OWN = {"ppo": BOTH | {"policy_lr": 1e-3, "ent_coef": 0.01, "target_kl": 0.05,
-                      "advantage_eps": 0.1},
-       "saycan": BOTH,
-       "random": {"steps": 0}}
+# Where a method's settings differ from TWOSOME's. Those of PPO were searched in the same way.
+DEFAULTS = {
+    "ppo": {
+        "epochs": 10,
+        "minibatches": 4,
+        "policy_lr": 1e-3,
+        "ent_coef": 0.01,
+        "target_kl": 0.05,
+        "rehearsal_coef": 0.0,
+        "max_prompts": 1024,
+    },
+    "saycan": {"epochs": 10, "minibatches": 4, "rehearsal_coef": 0.0},
+    "random": {"steps": 0, "rehearsal_coef": 0.0},
+}
 
 
-def tanh_mlp(n_inputs: int, n_outputs: int, gain: float) -> nn.Sequential:
-    """Two hidden layers of 64, orthogonal initialisation: what PPO is usually run with."""
+class Baseline(Agent):
+    """An agent without LoRA: `model` acts, and `critic` is what is learned beside it."""
+
+    def __init__(self, model, critic, settings):
+        nn.Module.__init__(self)  # Agent's would ask for an LM.
+        self.model = model
+        self.critic = critic
+        self.settings = settings
+        self.average = twosome.average
+        groups = [{"params": trainable(part).values()} for part in (model, critic)]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        self.extra_loss = None
+        self.policy_cache, self.feature_cache = {}, {}
+
+
+def make_mlp(n_inputs, n_outputs, gain):
+    """Two hidden layers of 64 units with orthogonal weights, as PPO usually has them."""
     layers = []
     for n_in, n_out, g in ((n_inputs, 64, 2**0.5), (64, 64, 2**0.5), (64, n_outputs, gain)):
         linear = nn.Linear(n_in, n_out)
@@ -42,113 +68,130 @@ def tanh_mlp(n_inputs: int, n_outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class Baseline(Agent):
-    """An agent without LoRA: `model` is what acts, `critic` what is learned beside it."""
-
-    def __init__(self, model: nn.Module, critic: nn.Module, eps=1e-5):
-        nn.Module.__init__(self)  # not Agent's: there is no LLM to wrap
-        self.model, self.critic, self.max_prompts = model, critic, 1024
-        self.policy_memory, self.scale = {}, None
-        self.optimizers = {
-            name: torch.optim.Adam(weights, eps=eps) for name, part in (
-                ("policy", model), ("value", critic))
-            if (weights := [p for p in part.parameters() if p.requires_grad])}
+# === PPO from scratch =============================================================================
+def vector(info):
+    """The symbolic observation, as a tuple."""
+    require("vector" in info, "this environment has no symbolic observation, info['vector']")
+    return tuple(map(float, info["vector"]))
 
 
-# --- PPO from scratch -----------------------------------------------------------------------------
-
-class SymbolicEpisode(Episode):
-    """Shown in numbers: the symbolic observation, and the indices of the offered actions."""
+class SymbolicEnv(TextEnv):
+    """Shows numbers: the symbolic observation, and the indices of the offered actions."""
 
     def state(self):
-        return tuple(self.info["vector"].tolist()), tuple(self.info["actions"])
+        return vector(self.info), tuple(self.info["actions"])
 
 
 class SymbolicAgent(Baseline):
-    """Actor and critic are small networks of the symbolic observation; the rest is TWOSOME's."""
+    """Actor and critic are small networks on the symbolic observation."""
 
-    def __init__(self, n_inputs: int, n_actions: int, eps: float):
-        # Nearly uniform at first; V = 0 at first, as for TWOSOME.
-        super().__init__(tanh_mlp(n_inputs, n_actions, gain=0.01),
-                         tanh_mlp(n_inputs, 1, gain=0.0), eps)
+    wrapper = SymbolicEnv
+
+    def __init__(self, settings, n_inputs, n_actions):
+        # Nearly uniform at first, and V = 0 at first, as for TWOSOME.
+        actor = make_mlp(n_inputs, n_actions, gain=0.01)
+        critic = make_mlp(n_inputs, 1, gain=0.0)
+        super().__init__(actor, critic, settings)
 
     def log_policy(self, states):
-        vectors, offered = zip(*states)
-        logits = self.model(torch.tensor(vectors))  # (B, all actions); a softmax over the offered
-        return [F.log_softmax(row[list(indices)], -1) for row, indices in zip(logits, offered)]
+        logits = self.model(self.features(states))  # (B, all actions)
+        policies = []
+        for row, (_, offered) in zip(logits, states, strict=True):
+            policies.append(F.log_softmax(row[list(offered)], dim=-1))
+        return policies
 
     def features(self, states):
-        return torch.tensor([vector for vector, _ in states])
+        return torch.tensor([numbers for numbers, _ in states])
+
+    def learn(self, rollout, settings, rng):
+        """PPO's update. It divides the advantages A by their standard deviation + 1, which was
+        searched for TWOSOME. For this agent + 0.1 was better: 10 A / (std(10 A) + 1) is the same
+        as A / (std(A) + 0.1)."""
+        scaled = replace(rollout, advantage=10 * rollout.advantage)
+        metrics = super().learn(scaled, settings, rng)
+        # The variance of 10 A is 100 times that of A.
+        unexplained = (1 - metrics["explained_variance"]) / 100
+        return metrics | {"explained_variance": 1 - unexplained}
 
 
-# --- SayCan ---------------------------------------------------------------------------------------
-
-class SkillEpisode(Episode):
-    """Shown in words and in numbers; an action earns 1 when it succeeds, and nothing after it
-    counts. "Succeeds": it changes the state, whether that serves the goal or not."""
+# === SayCan =======================================================================================
+class SkillEnv(TextEnv):
+    """Shows words and numbers. An action earns 1 when it succeeds, and nothing after it counts. It
+    succeeds when it changes the state, whether that serves the goal or not."""
 
     def state(self):
         prompt, _ = super().state()
-        return (prompt, tuple(self.info["vector"].tolist())), tuple(self.info["actions"].items())
+        return (prompt, vector(self.info)), tuple(self.info["actions"].items())
 
-    def act(self, chosen: int):
-        _, _, terminated, truncated = super().act(chosen)
-        return float(self.info["changed"]), 0.0, terminated, truncated
+    def world(self):
+        """The state without what changes by itself."""
+        clock = "steps", "over", "running"
+        return {name: x for name, x in self.env.get_state().items() if name not in clock}
+
+    def step(self, choice):
+        before = self.world()
+        super().step(choice)
+        return float(self.world() != before), 0.0
 
 
 class SayCan(Baseline):
-    """SayCan (Ahn et al., 2022): what is sensible, in the eyes of a frozen LLM, times what works.
+    """SayCan (Ahn et al., 2022): what is sensible, in the eyes of a frozen LM, times what works.
 
-        pi(a | s) ~ P_LLM(a | s) * P(a succeeds | s)
+        pi(a | s) ~ P_LM(a | s) * P(a succeeds | s)
 
-    The second factor, the affordance, is learned from the agent's own exploration.
-    """
+    The second factor, the affordance, is learned from the agent's own exploration."""
 
-    def __init__(self, llm: Agent, n_inputs: int, n_actions: int, eps: float):
-        # The LLM is never trained, so what it says is remembered for good: in its policy_memory.
-        super().__init__(llm.requires_grad_(False), tanh_mlp(n_inputs, n_actions, gain=0.01), eps)
+    wrapper = SkillEnv
 
-    def affordance(self, seen, offered) -> list[torch.Tensor]:
-        """Logits that the offered actions succeed, near 0 at first: B tensors (K_b,)."""
-        logits = self.critic(torch.tensor([vector for _, vector in seen]))  # (B, all actions)
-        return [row[[index for index, _ in actions]] for row, actions in zip(logits, offered)]
+    def __init__(self, settings, n_inputs, n_actions):
+        lm = twosome.make_agent(settings).requires_grad_(False)
+        super().__init__(lm, make_mlp(n_inputs, n_actions, gain=0.01), settings)
+
+    def affordance(self, states):
+        """Logits of the offered actions' success, near 0 at first: B tensors (K,)."""
+        logits = self.critic(torch.tensor([numbers for (_, numbers), _ in states]))
+        offered = [list(dict(actions)) for _, actions in states]  # their indices
+        return [row[indices] for row, indices in zip(logits, offered, strict=True)]
 
     def log_policy(self, states):
-        seen, offered = zip(*states)
-        says = self.model.remembered_log_policy([
-            (prompt, tuple(phrase for _, phrase in actions))
-            for (prompt, _), actions in zip(seen, offered)])
-        can = self.affordance(seen, offered)
-        return [F.log_softmax(say + F.logsigmoid(c), -1) for say, c in zip(says, can)]
+        # The LM never changes, so its policy is cached for good.
+        texts = []
+        for (prompt, _), actions in states:
+            texts.append((prompt, tuple(dict(actions).values())))
+        says = self.model.cached_log_policy(texts)
+        can = self.affordance(states)
+        scores = [say + F.logsigmoid(c) for say, c in zip(says, can, strict=True)]
+        return [F.log_softmax(score, dim=-1) for score in scores]
 
     def value(self, states):
         return torch.zeros(len(states))
 
-    def learn(self, rollout, args, rng) -> dict:
+    def learn(self, rollout, settings, rng):
         """Cross-entropy of the predicted success of each action taken.
 
-            L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
+        L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
         """
-        self.policy_memory, losses = {}, []
-        for batch in minibatches(rollout.states, args, rng):
-            logits = self.affordance(*zip(*(rollout.states[i] for i in batch)))
-            chosen = torch.stack([row[rollout.chosen[i]] for row, i in zip(logits, batch)])
-            # With V = 0 and discount 0 the return is the skill's own reward.
-            loss = F.binary_cross_entropy_with_logits(chosen, rollout.returns[batch])
-            self.optimizers["value"].zero_grad()
+        losses = []
+        for batch in twosome.minibatches(len(rollout.states), settings, rng):
+            logits = self.affordance([rollout.states[i] for i in batch])
+            chosen = [row[rollout.choice[i]] for row, i in zip(logits, batch, strict=True)]
+            # With V = 0 and a discount of 0 the return is the action's own reward.
+            y = rollout.returns[batch]
+            loss = F.binary_cross_entropy_with_logits(torch.stack(chosen), y)
+            self.optimizer.zero_grad()
             loss.backward()
-            self.optimizers["value"].step()
+            twosome.take_step(self, settings.max_grad_norm)
             losses.append(loss.item())
+        self.policy_cache.clear()
         return {"value_loss": sum(losses) / len(losses)}
 
 
-# --- Random choice --------------------------------------------------------------------------------
-
+# === Random choice ================================================================================
 class RandomAgent(Baseline):
-    """Uniformly random choice among the offered actions, for scale."""
+    """Chooses uniformly among the offered actions, and learns nothing."""
 
-    def __init__(self):
-        super().__init__(nn.Identity(), nn.Identity())  # nothing to train
+    def __init__(self, settings):
+        super().__init__(nn.Identity(), nn.Identity(), settings)
 
     def log_policy(self, states):
         return [torch.zeros(len(offered)).log_softmax(-1) for _, offered in states]
@@ -156,54 +199,68 @@ class RandomAgent(Baseline):
     def value(self, states):
         return torch.zeros(len(states))
 
-    def learn(self, rollout, args, rng) -> dict:
+    def learn(self, rollout, settings, rng):
         return {}
 
 
-PLAYS = {"ppo": SymbolicEpisode, "saycan": SkillEpisode, "random": Episode, "twosome": Episode}
+# === The command line =============================================================================
+def make_agent(settings, method):
+    if method == "twosome":
+        return twosome.make_agent(settings)
+    if method == "random":
+        return RandomAgent(settings)
+    env = twosome.ENVS[settings.env](settings.task, settings.gamma)
+    _, info = env.reset()
+    kind = SymbolicAgent if method == "ppo" else SayCan
+    return kind(settings, len(vector(info)), env.n_actions)
 
 
-def make_agent(args) -> Agent:
-    if args.method == "twosome":
-        return twosome.make_agent(args)
-    if args.method == "random":
-        return RandomAgent()
-    episode = twosome.make_episode(args)
-    n_inputs, n_actions = len(episode.info["vector"]), episode.env.n_actions
-    if args.method == "ppo":
-        return SymbolicAgent(n_inputs, n_actions, args.adam_eps)
-    return SayCan(twosome.make_agent(args), n_inputs, n_actions, args.adam_eps)
+def read_method(folder):
+    """The method of a run."""
+    twosome.read_config(folder)  # It says what is wrong with another folder.
+    return json.loads(Path(folder, "config.json").read_text())["method"]
 
 
-def load_run(run: Path, **changes):
-    """Return (arguments, agent) of a run of any method; of one that was not trained, as it is."""
+def load_run(folder, **changes):
+    """Return (settings, agent) of a run of any method. `changes` are to the settings. The agent is
+    there to be looked at, and so it does not write the texts that training rehearses."""
+    config = twosome.read_config(folder)
+    if "env" in changes:
+        config |= {"task": None, "gamma": None, "steps": None}
+    settings = twosome.make_settings(**config | changes)
+    method = read_method(folder)
+    agent = make_agent(replace(settings, rehearsal_coef=0.0), method)
+    twosome.Run(folder, settings, method).load(agent)
+    return settings, agent
+
+
+def main(argv=(), program="experiments/baselines.py"):
+    parser = ArgumentParser(
+        usage="%(prog)s --method METHOD [--FLAG VALUE ...]",
+        epilog="The other flags are those of twosome.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--method", choices=DEFAULTS, help="what acts and learns")
+    given, rest = parser.parse_known_args(argv)
+    modes = ArgumentParser(add_help=False, allow_abbrev=False)
+    modes.add_argument("--resume", "--evaluate", dest="run")
+    run = modes.parse_known_args(rest)[0].run
     try:
-        args = twosome.Args(**(json.loads((run / "config.json").read_text()) | changes))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot take {run} for a run: {error}") from None
-    agent = make_agent(args)
-    if args.steps:
-        twosome.load_checkpoint(run, agent)
-    return args, agent
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--method", choices=tuple(OWN))
-    for mode in ("--resume", "--evaluate"):
-        parser.add_argument(mode, type=Path)
-    given, _ = parser.parse_known_args(argv)
-    run, method = given.resume or given.evaluate, given.method
-    if run and (run / "config.json").exists():
-        method = json.loads((run / "config.json").read_text()).get("method")
-    if method not in PLAYS:
-        parser.error(f"choose a --method: {', '.join(OWN)}")
-    rest = sys.argv[1:] if argv is None else list(argv)
-    if given.method:  # the rest is for twosome.py
-        i = next(i for i, word in enumerate(rest) if word.startswith("--method"))
-        del rest[i:i + (1 if "=" in rest[i] else 2)]
-    twosome.main(rest, {"method": method} | OWN.get(method, {}), make_agent, PLAYS[method])
+        method = read_method(run) if run else given.method
+        require(method, f"choose a --method: {', '.join(DEFAULTS)}")
+        require(given.method in (None, method), f"{run} is a run of the method {method}")
+    except UserError as error:
+        sys.exit(f"{program}: {error}")
+    return twosome.main(
+        rest,
+        method=method,
+        defaults=DEFAULTS.get(method),
+        make_agent=partial(make_agent, method=method),
+        program=program,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early.
+    main(sys.argv[1:], program=sys.argv[0])

@@ -1,363 +1,267 @@
-"""How fast is twosome.py, next to what the method's own research code does ("the plain way")?
+"""How fast is twosome.py beside the plain way, in which the paper's code computes?
 
-    python experiments/benchmark.py                      # pocket_lm, all four tasks
-    python experiments/benchmark.py --model llama-15m    # 15M parameters, vocabulary 32,000
-    python experiments/benchmark.py --model llama-7b --device cuda --dtype bfloat16
-    python experiments/benchmark.py --model FOLDER --repeats 1 --times-only   # a third of the time
+    python experiments/benchmark.py                               # pocket_lm and all four tasks
+    python experiments/benchmark.py --model FOLDER --repeats 1    # an LM, for which it takes long
 
-Both ways run in turns, each time from the same weights and seed, and with nothing remembered.
+The plain way caches nothing. Every decision is tokenised anew and has passes of its own, one for
+its value and one with a row for each action, whenever it is played or learned from. Both ways start
+with the same weights and random numbers. They must take the same decisions and end with the same
+policy, else the script fails.
 
-iteration       the reference's own: 4 environments x 32 decisions, then one pass of the critic and
-                one of the policy over these 128 decisions. Both ways are measured whole.
-default update  twosome.py's own: n_envs x rollout_steps decisions (512; LMs other than pocket_lm
-                256, in entertainment 512), epochs passes (4; others 2), all of them (no KL stop),
-                without the episodes that only a row of the log needs. The first one, when nothing
-                is remembered yet, and the second, which has met some of its states before. Ours is
-                measured whole. The plain way is not run but multiplied out, from each of its
-                iterations above: decisions x (rollout / 128 + epochs x (value update + policy
-                update) / 128). (The tokens a decision of the two rollouts differ by 1 to 5%.)
-                Where the default is to rehearse, both ways do so in each step, the plain way with
-                a whole pass; that is measured and added. What rehearsal needs once a run, the
-                texts, both have written by the same call: the first update counts it.
-GFLOP, MiB      of an iteration, each way in a fresh process; CPU: resident memory, CUDA: allocated
-parity          the largest difference of a probability between the two ways, over all states of the
-                iteration, after one update; above 1e-5 in float32 this script fails
+Measured are seconds, without loading and without the episodes that are only for the log:
 
-A warm-up of our way comes before the clock runs, and in it the check whether this LM may be packed,
-which comes once a run. Its memory, but not its time, is measured.
+first update   the first update of a run with the default settings, and the texts that rehearsal has
+               the LM write once in a run; the same call writes them in both ways
+later update   our second update, when some states are known, beside the plain way's first
+iteration      the paper's own: 4 environments, 32 decisions in each, one epoch of 4 minibatches and
+               no rehearsal; nothing is known before
 
-llama-15m and llama-7b are made here with random weights: time and memory depend on the shape. They
-use pocket_lm's tokenizer, whose 560 ids are valid in a vocabulary of 32,000; a real tokenizer of
-that size would cut the prompts into fewer tokens, for both ways.
+No update ends early by its KL divergence. All numbers, also where the time goes, are written to
+experiments/results/NAME/benchmark.json, and a number there is the median of the repetitions.
 """
 
-import argparse
-import itertools
 import json
 import os
 import platform
 import random
 import re
-import subprocess
 import sys
 import time
+from argparse import ArgumentParser
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, median
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
-import torch.nn as nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import twosome  # noqa: E402
+from twosome import Agent, Rehearsal, encode, require  # noqa: E402
 
-TASKS = ["tomato-salad", "tomato-lettuce-salad", "food-preparation", "entertainment"]
-SHAPES = {  # width, MLP's width, layers, heads, is the vocabulary matrix the embedding?
-    "llama-15m": (288, 768, 6, 6, True),
-    "llama-7b": (4096, 11_008, 32, 32, False)}
-DEFAULT_UPDATES = ["default update, s", "first without texts, s", "the second one, s"]
-encode = twosome.encode  # its cache is emptied before each repetition; the plain way goes past it
+TASKS = {
+    "tomato-salad": "overcooked",
+    "tomato-lettuce-salad": "overcooked",
+    "food-preparation": "virtualhome",
+    "entertainment": "virtualhome",
+}
+ITERATION = {
+    "n_envs": 4,
+    "rollout_steps": 32,
+    "epochs": 1,
+    "minibatches": 4,
+    "rehearsal_coef": 0.0,
+}
+WATCHED = "log_policy", "features", "extra_loss"
+COMPARED = "first update", "later update", "iteration"
 
 
-# --- the plain way: what the reference does, on our prompts, environments and weights -------------
+# === The plain way ================================================================================
+class PlainAgent(Agent):
+    """The same networks with the plain scorer. No two decisions share anything."""
 
-class PlainAgent(twosome.Agent):
-    """The same networks. Nothing is remembered, and no two actions or decisions share anything."""
-
-    def __init__(self, ours: twosome.Agent):
-        nn.Module.__init__(self)
-        self.tokenizer, self.norm, self.optimizers = ours.tokenizer, ours.norm, ours.optimizers
-        self.model, self.critic, self.values = ours.model, ours.critic, {}
+    learning = False
 
     def log_policy(self, states):
-        """A row for each action of each state, each time tokenised anew; log-softmax at every
-        position, over the whole vocabulary (in float32; the reference: in half precision)."""
-        with patch.multiple(twosome, score=twosome.plain_log_probs, encode=encode.__wrapped__):
-            return super().log_policy(states)
-
-    def features(self, states):
-        """Each time a pass of all prompts through the whole LM, its adapter off."""
-        rows = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt, _ in states]
-        ids = pad_sequence(rows, batch_first=True).to(self.model.device)
-        with torch.no_grad(), self.model.disable_adapter():
-            hidden = self.model(input_ids=ids, use_cache=False, output_hidden_states=True
-                                ).hidden_states[-1]  # (B, L, H)
-        return hidden[torch.arange(len(rows)), [len(row) - 1 for row in rows]].float()
+        encode.cache_clear()
+        return super().log_policy([state[:2] for state in states])
 
     @torch.no_grad()
-    def remembered_log_policy(self, states):
-        """A step of the rollout: one pass for the values of all environments, one for the policies.
-        twosome.collect asks for the values at the end; they are kept until then."""
-        self.values.update(zip(states, super().value(states)))
+    def cached_log_policy(self, states):
+        """A moment of the rollout. Its values are asked for at the end and kept until then."""
+        for state in states:
+            self.feature_cache.pop(state[0], None)
+            self.features([state])
         return self.log_policy(states)
 
-    def value(self, states):
-        new = [state for state in dict.fromkeys(states) if state not in self.values]
-        if new:  # the states after the last step
-            self.values.update(zip(new, super().value(new)))
-        return torch.stack([self.values[state] for state in states])
+    def features(self, states):
+        if not self.learning:
+            return super().features(states)
+        rows = []
+        for state in states:
+            self.feature_cache.clear()
+            rows.append(super().features([state[:2]]))
+        return torch.cat(rows)
+
+    def learn(self, rollout, settings, rng):
+        """A number makes each state another one, so that the update does not merge decisions."""
+        self.learning = True
+        states = [(*state, i) for i, state in enumerate(rollout.states)]
+        return super().learn(replace(rollout, states=states), settings, rng)
 
 
-def plain_update_value(agent, rollout, args, rng):
-    """4 minibatches of 32; each goes through the LM once more."""
-    for batch in twosome.minibatches(rollout.states, args, rng):
-        part = SimpleNamespace(states=[rollout.states[i] for i in batch],
-                               value=rollout.value[batch], returns=rollout.returns[batch])
-        twosome.update_value(agent, part, replace(args, minibatches=1), rng)
-
-
-def plain_update_policy(agent, rollout, args, rng):
-    """One epoch, 4 decisions at a time; the gradients of 8 such minibatches make one step."""
-    weights = [p for p in agent.model.parameters() if p.requires_grad]
-    order = rng.sample(range(len(rollout.states)), len(rollout.states))
-    agent.optimizers["policy"].zero_grad()
-    for start in range(0, len(order), 4):
-        batch = order[start:start + 4]
-        policies = agent.log_policy([rollout.states[i] for i in batch])
-        new = torch.stack([policy[rollout.chosen[i]] for policy, i in zip(policies, batch)])
-        entropy = torch.stack([-(policy.exp() * policy).sum() for policy in policies])
-        advantage = rollout.advantage[batch]
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        loss, _ = twosome.policy_loss(new, rollout.log_prob[batch], advantage, entropy,
-                                      args.clip_coef, args.ent_coef)
-        (loss / 4 / 8).backward()
-        if start % 32 == 28:
-            nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-            agent.optimizers["policy"].step()
-            agent.optimizers["policy"].zero_grad()
-
-
-UPDATES = {"plain": (plain_update_value, plain_update_policy),
-           "ours": (twosome.update_value, twosome.update_policy)}
-
-
-# --- measuring ------------------------------------------------------------------------------------
-
-def timed(function, *args):
-    """Return (seconds, result)."""
-    sync = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    sync()
-    start = time.perf_counter()
-    result = function(*args)
-    sync()
-    return time.perf_counter() - start, result
-
-
-def make_agent(options) -> twosome.Agent:
-    torch.manual_seed(1)
-    shape, device, dtype = SHAPES.get(options.model), options.device, options.dtype
-    model, tokenizer = twosome.load_lm("pocket_lm" if shape else options.model, device, dtype)
-    if shape:
-        width, mlp, layers, heads, tied = shape
-        config = LlamaConfig(
-            vocab_size=32_000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-            num_attention_heads=heads, tie_word_embeddings=tied, max_position_embeddings=2048)
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    agent = twosome.Agent(model, tokenizer, max_prompts=twosome.Args(
-        model=options.model).max_prompts)
-    agent.at_first = {n: p.detach().clone() for n, p in twosome.trained_parameters(agent).items()}
+def make_agent(settings, way):
+    """An agent as at the start of a run, without rehearsal."""
+    torch.manual_seed(settings.seed)
+    encode.cache_clear()
+    model, tokenizer = twosome.load_lm(settings.model, settings.device, settings.dtype)
+    model = twosome.add_lora(model)
+    if way == "plain":
+        agent = PlainAgent(model, tokenizer, settings)
+    else:
+        agent = Agent(model, tokenizer, settings, twosome.choose_scorer(model))
+    actor, critic = agent.optimizer.param_groups
+    actor["lr"], critic["lr"] = settings.policy_lr, settings.value_lr
     return agent
 
 
-class Costly(twosome.Episode):
-    """In the household, too, each decision costs: without any reward a rollout would play on."""
-    def act(self, chosen):
-        reward, *rest = super().act(chosen)
-        return reward - 0.001, *rest
+# === Measuring ====================================================================================
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def run_updates(way: str, agent, args, n: int = 1):
-    """The first n rollouts and what is learned from each: the seconds of each one's parts, and the
-    last rollout. As on the first day: nothing is trained or remembered before."""
-    seconds = []
-    for name, parameter in twosome.trained_parameters(agent).items():
-        parameter.data.copy_(agent.at_first[name])
-        parameter.grad = None
-    for name, rate in (("policy", args.policy_lr), ("value", args.value_lr)):
-        agent.optimizers[name].state.clear()
-        agent.optimizers[name].param_groups[0]["lr"] = rate
-    agent.policy_memory, agent.features_memory = {}, {}
-    agent.texts = dict.fromkeys(getattr(agent, "texts", ()))  # rehearsal's, without their p_0
-    vars(agent.model).pop("below_lora", None)
-    encode.cache_clear()
-    playing = [twosome.make_episode(args, Costly) for _ in range(args.n_envs)]
-    rng, player = random.Random(args.seed), PlainAgent(agent) if way == "plain" else agent
+def timed(seconds, name, function, *args):
+    """Call the function, and add the seconds that it takes."""
+    synchronize()
+    start = time.perf_counter()
+    result = function(*args)
+    synchronize()
+    seconds[name] += time.perf_counter() - start
+    return result
+
+
+def run_updates(settings, way, n):
+    """The first n updates of a run. Returns the seconds of each, and the agent and all states and
+    choices after them."""
+    agent = make_agent(settings, way)
+    seconds = Counter()
+    coef = settings.rehearsal_coef
+    if coef:
+        vocab_size = agent.tokenizer.vocab_size
+        agent.extra_loss = timed(seconds, "texts", Rehearsal, agent.model, vocab_size, coef)
+    texts = seconds["texts"]
+    for name in WATCHED:
+        method = getattr(agent, name)
+        if method:
+            setattr(agent, name, partial(timed, seconds, name, method))
+    envs = [twosome.make_env(agent, settings) for _ in range(settings.n_envs)]
+    rng = random.Random(settings.seed)
+    updates, decisions = [], []
     for _ in range(n):
-        a, rollout = timed(twosome.collect, player, playing, args, rng)
-        agent.policy_memory = {}
-        b, c = (timed(update, player, rollout, args, rng)[0] for update in UPDATES[way])
-        seconds.append({"iteration, s": a + b + c, "rollout, s": a, "value update, s": b,
-                        "policy update, s": c})
-    return seconds, rollout
-
-
-def rehearsal(way: str, agent, args) -> tuple[float, float]:
-    """Seconds of the first step, in which the texts are written, and of an update's steps then."""
-    if not args.rehearsal_coef:
-        return 0.0, 0.0
-    vars(agent).pop("texts", None)
-    may_pack = twosome.may_pack if way == "ours" else lambda model, encoded: False
-    rng = random.Random(args.seed)
-    with patch.object(twosome, "may_pack", may_pack):
-        first, *steps = (timed(twosome.rehearse, agent, args.rehearsal_coef, rng)[0]
-                         for _ in range(1 + args.epochs * args.minibatches))
-    return first, sum(steps)
+        seconds.clear()
+        rollout = timed(seconds, "all", twosome.collect, agent, envs, settings, rng)
+        playing = dict(seconds)
+        seconds.clear()
+        timed(seconds, "all", agent.learn, rollout, settings, rng)
+        learning = dict(seconds)
+        total = playing["all"] + learning["all"]
+        updates.append({"texts": texts, "all": total, "playing": playing, "learning": learning})
+        decisions.append((rollout.states, rollout.choice.tolist()))
+    return updates, agent, decisions
 
 
 @torch.no_grad()
-def parity(agent, states) -> float:
-    """The largest difference of a probability between the two ways."""
-    batches, plain = [states[i:i + 4] for i in range(0, len(states), 4)], PlainAgent(agent)
-    return max((x.exp() - y.exp()).abs().max().item() for batch in batches
-               for x, y in zip(agent.log_policy(batch), plain.log_policy(batch)))
+def difference(agents, states):
+    """The largest difference between two agents' probabilities of an action."""
+    largest = 0.0
+    for state in set(states):
+        a, b = [agent.log_policy([state])[0].exp() for agent in agents]
+        largest = max(largest, (a - b).abs().max().item())
+    return largest
 
 
-def peak_memory(device) -> int:
-    """The most bytes so far: of torch on the GPU, or of this whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    from resource import RUSAGE_SELF, getrusage  # not on Windows
-    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def compare(settings):
+    """Run both ways once. Returns the seconds of the plain way's update and of our updates."""
+    (plain,), plain_agent, (decisions,) = run_updates(settings, "plain", 1)
+    _, agent, _ = run_updates(settings, "ours", 1)
+    largest = difference((plain_agent, agent), decisions[0])
+    ours, _, our_decisions = run_updates(settings, "ours", 2)
+    require(our_decisions[0] == decisions, "the two ways took different decisions")
+    if settings.dtype == "float32":
+        require(largest < 1e-3, f"after an update the two ways differ by {largest:.0e}")
+    return plain, ours, largest
 
 
-def cost(way: str, agent, args) -> dict:
-    """What an iteration costs besides time: memory, and the operations of all matrix products,
-    forward and backward, as torch counts them."""
-    device = agent.model.device
-    loaded, _, most = peak_memory(device), run_updates(way, agent, args), peak_memory(device)
-    with FlopCounterMode(display=False) as counter:  # it takes memory itself
-        run_updates(way, agent, args)
-    return {"GFLOP": [counter.get_total_flops() / 1e9],
-            "MiB above the loaded model": [(most - loaded) / 2**20], "MiB in all": [most / 2**20]}
+def measure(settings):
+    """One repetition: for each comparison the seconds of the plain way and ours."""
+    plain, (first, later), largest = compare(settings)
+    reference_plain, (reference, _), other = compare(replace(settings, **ITERATION))
+    once = plain["texts"], first["texts"]
+    return {
+        "first update": [once[0] + plain["all"], once[1] + first["all"]],
+        "later update": [plain["all"], later["all"]],
+        "iteration": [reference_plain["all"], reference["all"]],
+        "parts": {"plain": plain, "first": first, "later": later},
+        "difference": max(largest, other),
+    }
 
 
-def cost_alone(way: str, task: str, options) -> dict:
-    """The same in a fresh process. On Linux a child starts with its parent's peak, so this must be
-    called while the parent is small."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--only", way, "--tasks", task, "--model", options.model,
-         "--device", options.device, "--dtype", options.dtype,
-         "--rollout-steps", str(options.rollout_steps)], capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"{way} ended with {done.returncode}"]
-        raise ValueError(lines[-1].removeprefix("benchmark.py: "))
-    return json.loads(done.stdout)
+# === The report ===================================================================================
+def medians(things):
+    """The median of each number in dictionaries and lists that are built alike."""
+    if isinstance(things[0], dict):
+        columns = zip(*map(dict.values, things), strict=True)
+        return dict(zip(things[0], map(medians, columns), strict=True))
+    if isinstance(things[0], list):
+        return [medians(values) for values in zip(*things, strict=True)]
+    return float(f"{median(things):.4g}")
 
 
-def measure(agent, args, default, repeats: int, costs: dict) -> dict:
-    """Everything about one task; of each measure a list, the repetitions. costs: way -> cost."""
-    run_updates("ours", agent, default)  # the warm-up
-    _, rollout = run_updates("ours", agent, args)
-    states = list(dict.fromkeys(rollout.states))
-    if not twosome.may_pack(agent.model, [encode(agent.tokenizer, *state) for state in states]):
-        raise ValueError("this model cannot be packed, so the two ways score alike")
-    result = {"states": len(states), "rows": sum(len(actions) for _, actions in states),
-              "parity": parity(agent, states)}  # LoRA has moved by now
-    runs, visited = {way: [] for way in UPDATES}, []
-    for _, way in itertools.product(range(repeats), UPDATES):
-        (seconds,), rollout = run_updates(way, agent, args)
-        runs[way].append(seconds)
-        visited.append((rollout.states, rollout.chosen.tolist()))
-        result[way] = {part: [run[part] for run in runs[way]] for part in seconds} | costs[way]
-    times = default.n_envs * default.rollout_steps / (args.n_envs * args.rollout_steps)
-    for run in range(repeats):
-        texts, steps = rehearsal("plain", agent, default)
-        plain = steps + times * (runs["plain"][run]["rollout, s"] + default.epochs * (
-            runs["plain"][run]["value update, s"] + runs["plain"][run]["policy update, s"]))
-        our_texts, _ = rehearsal("ours", agent, default)  # they are there in the updates below
-        first, second = (x["iteration, s"] for x in run_updates("ours", agent, default, 2)[0])
-        for way, seconds in (("plain", (texts + plain, plain, plain)),
-                             ("ours", (our_texts + first, first, second))):
-            for name, x in zip(DEFAULT_UPDATES, seconds):
-                result[way].setdefault(name, []).append(x)
-    return result | {"same decisions": all(v == visited[0] for v in visited)}
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-def machine(device: str) -> dict:
+def machine():
+    """What the seconds belong to."""
     path = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
-    return {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    processor = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return {
+        "processor": processor[1] if processor else platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
-def cell(x: list[float]) -> str:
-    text = f"{median(x):,.0f}" if median(x) >= 1000 else f"{median(x):.3g}"
-    return f"{text} [{min(x):.3g}, {max(x):.3g}]" if len(x) > 1 else text
+def print_task(task, result):
+    print(f"\n{task:24}{'plain, s':>12}{'ours, s':>12}{'plain/ours':>12}")
+    for name in COMPARED:
+        plain, ours = result[name]
+        print(f"  {name:22}{plain:12.4g}{ours:12.4g}{plain / ours:12.3g}")
+    for name, parts in result["parts"].items():
+        for phase in "playing", "learning":
+            seconds = dict(parts[phase])
+            total = seconds.pop("all")
+            seconds["the rest"] = total - sum(seconds.values())
+            shares = [f"{part} {x / parts['all']:.0%}" for part, x in seconds.items()]
+            print(f"  {name} update, {phase}: {', '.join(shares)}")
+    print(f"  largest difference of a probability after the update: {result['difference']:.0e}")
 
 
-def report(results: dict):
-    print(*(f"{name} {value}" for name, value in results["machine"].items()), sep=", ")
-    for task, t in results["tasks"].items():
-        print(f"\n{task}: {t['states']} distinct states with {t['rows']} actions\n"
-              f"  {'median [lowest, highest]':26}{'plain':>28}{'ours':>28}{'plain/ours':>13}")
-        for name, ours in t["ours"].items():
-            plain = t["plain"][name]
-            print(f"  {name:26}{cell(plain):>28}{cell(ours):>28}"
-                  f"{median(plain) / median(ours):>13.3g}")
-        print(f"  largest difference of a probability {t['parity']:.0e}; the same decisions in "
-              f"all iterations: {'yes' if t['same decisions'] else 'no'}")
-    for name, mean in results["geometric mean of plain/ours"].items():
-        print(f"\ngeometric mean of plain/ours, {name.removesuffix(', s')}: {mean:.3g}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="pocket_lm",
-                        help=f"pocket_lm (default), {', '.join(SHAPES)}, or a folder")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+def main(argv):
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", default="pocket_lm", help="pocket_lm, a folder or a Hub id")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--times-only", action="store_true", help="without GFLOP and MiB")
-    parser.add_argument("--out", help="default: experiments/results/benchmark-MODEL-DEVICE.json")
-    parser.add_argument("--rollout-steps", type=int, default=32, help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=tuple(UPDATES), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    # All of an update: no early end where the policy has moved far.
-    env_of = lambda task: "overcooked" if task.endswith("salad") else "virtualhome"
-    defaults = {task: twosome.Args(env=env_of(task), task=task, model=options.model,
-                                   policy_lr=1e-3, target_kl=1e9)
-                for task in options.tasks}
-    iterations = {task: replace(args, n_envs=4, rollout_steps=options.rollout_steps, epochs=1,
-                                minibatches=4, whole_states=False, rehearsal_coef=0.0)
-                  for task, args in defaults.items()}
-    if options.only:
-        return print(json.dumps(cost(options.only, make_agent(options), *iterations.values())))
-
-    out = Path(options.out or ROOT / "experiments" / "results" /
-               f"benchmark-{Path(options.model).name}-{options.device}.json")
-    compared = ["iteration, s", *DEFAULT_UPDATES]
-    compared += [] if options.times_only else ["GFLOP", "MiB above the loaded model"]
-    costs = {task: {way: {} if options.times_only else cost_alone(way, task, options)
-                    for way in UPDATES} for task in options.tasks}
-    agent, means = make_agent(options), {}
-    results = {"options": vars(options), "machine": machine(options.device), "tasks": {},
-               "geometric mean of plain/ours": means}
-    for task, args in iterations.items():
-        results["tasks"][task] = measure(agent, args, defaults[task], options.repeats, costs[task])
-        for name in compared:
-            means[name] = geometric_mean(median(t["plain"][name]) / median(t["ours"][name])
-                                         for t in results["tasks"].values())
-        out.write_text(json.dumps(results, indent=2) + "\n")  # a task that is done is kept
-    report(results)
-    print(f"\nall numbers: {out}")
-    worst = max(t["parity"] for t in results["tasks"].values())
-    if options.dtype == "float32" and worst > 1e-5:
-        raise ValueError(f"the two ways differ by {worst:.0e} in a probability")
+    parser.add_argument("--rollout_steps", type=int, default=twosome.Settings.rollout_steps)
+    parser.add_argument("--out", type=Path, help="the file that is written")
+    given = parser.parse_args(argv)
+    name = Path(given.model).name.split("-")[0].lower()
+    out = given.out or ROOT / "experiments" / "results" / name / "benchmark.json"
+    shared = {"model": given.model, "device": given.device, "dtype": given.dtype}
+    shared |= {"rollout_steps": given.rollout_steps, "target_kl": 1e9}
+    results = {"settings": shared, "repeats": given.repeats, "machine": machine(), "tasks": {}}
+    for number, task in enumerate(given.tasks):
+        settings = twosome.make_settings(env=TASKS[task], task=task, **shared)
+        if number == 0:
+            run_updates(replace(settings, rollout_steps=1), "ours", 1)  # a warm-up
+        result = medians([measure(settings) for _ in range(given.repeats)])
+        results["tasks"][task] = result
+        print_task(task, result)
+    means = {}
+    for compared in COMPARED:
+        seconds = [result[compared] for result in results["tasks"].values()]
+        means[compared] = geometric_mean(plain / ours for plain, ours in seconds)
+        print(f"\ngeometric mean of plain/ours, {compared}: {means[compared]:.3g}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results | {"geometric mean of plain/ours": means}, indent=2) + "\n")
+    print(f"\nwrote {out}")
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"benchmark.py: {error}") from None
+        main(sys.argv[1:])
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"benchmark.py: {str(error) or 'interrupted'}")

@@ -1,92 +1,114 @@
 """How good is an agent exactly? python experiments/exact.py RUN [RUN ...]
 
-The environments are small and nothing in them is random, so success and discounted return follow
+The environments are small, and nothing in them is random. So success and discounted return follow
 from the probabilities of the actions alone: all states that can be reached are listed, the agent is
-asked once in each, and from its answers the expected outcome is computed backwards in time. Printed
-beside it: the mean of the 100 sampled episodes that the run itself ended with.
+asked once in each, and its answers give the expected outcome, computed backwards in time. Beside it
+stands the mean of the 100 sampled episodes with which the run itself ended.
 """
 
-import argparse
 import json
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
-import numpy as np
+import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import baselines  # noqa: E402
-import overcooked_text  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import twosome  # noqa: E402
-import virtualhome_text  # noqa: E402
-
-# Primitive steps after which an episode is cut.
-LIMIT = {"overcooked": overcooked_text.MAX_STEPS, "virtualhome": virtualhome_text.MAX_STEPS}
+from experiments import baselines  # noqa: E402
 
 
-def reachable(episode) -> tuple[list, dict[str, np.ndarray]]:
-    """All states that can be reached, breadth first, the clock aside. Returns what the agent is
-    shown in each of S states, and an array (E,) for each property of the E pairs of a state and an
-    action that is offered there: "before" and "after", the numbers of the states (an end is -1);
-    "reward", discounted within the action; "steps", primitive ones; "success"."""
-    queue = [episode.env.get_state()]  # grows while it is read
-    number = {None: -1, json.dumps(queue[0], sort_keys=True): 0}
-    shown, edges = [], []
-    for before, state in enumerate(queue):
-        episode.obs, episode.info = episode.env.set_state(state)
-        shown.append(episode.state())
-        for chosen in range(len(episode.info["actions"])):
-            episode.obs, episode.info = episode.env.set_state(state)
-            episode.ret, episode.length = 0.0, 0
-            _, _, terminated, _ = episode.act(chosen)
-            following = episode.env.get_state() | {"steps": 0}
-            key = None if terminated else json.dumps(following, sort_keys=True)
-            if key not in number:
-                number[key] = len(queue)
-                queue.append(following)
-            edges.append((before, number[key], episode.ret, episode.length,
-                          episode.info["success"]))
-    columns = "before", "after", "reward", "steps", "success"
-    return shown, dict(zip(columns, map(np.array, zip(*edges))))
+def time_limit(settings):
+    """The primitive steps after which an episode is cut: MAX_STEPS beside the environment."""
+    name = twosome.ENVS[settings.env].__module__
+    limit = getattr(sys.modules[name], "MAX_STEPS", None)
+    twosome.require(limit, f"{name}.py has no MAX_STEPS, the time limit")
+    return limit
 
 
-def exact(agent, args, plays=twosome.Episode) -> tuple[float, float]:
-    """The expected success and discounted return of an episode.
+def set_state(env, state):
+    """Put a wrapped environment into a state, as if an episode began there."""
+    env.reset()
+    env.obs, env.info = env.env.set_state(state)
+
+
+def reachable(env):
+    """All states that can be reached, breadth first, without their clock ("steps").
+
+    Returns what the agent sees in each of S states, and a dict of tensors (E,) about the E pairs of
+    a state and an action that is offered there: "before" and "after" are numbers of states, where
+    an end is -1; "reward" is discounted within the action; "steps" are its primitive steps."""
+    states = [env.env.get_state()]  # It grows while it is read.
+    numbers = {json.dumps(states[0], sort_keys=True): 0}
+    seen, edges = [], []
+    for before, state in enumerate(states):
+        set_state(env, state)
+        seen.append(env.state())
+        for choice in range(len(env.info["actions"])):
+            set_state(env, state)
+            env.step(choice)
+            after = -1
+            if not env.done:  # At the start of an episode the goal alone can end it.
+                following = env.env.get_state() | {"steps": 0}
+                key = json.dumps(following, sort_keys=True)
+                after = numbers.setdefault(key, len(states))  # a known number, or a new one
+                if after == len(states):
+                    states.append(following)
+            success = float(env.info["success"])
+            edges.append((before, after, env.discounted_return, env.length, success))
+    names = "before", "after", "reward", "steps", "success"
+    columns = map(torch.tensor, zip(*edges, strict=True))
+    return seen, dict(zip(names, columns, strict=True))
+
+
+def expected(edges, probability, reward, gamma, limit):
+    """The expected sum of discounted rewards of an episode.
 
         V(s, n) = sum_a pi(a | s) (r + gamma^k V(s', n - k)),   0 at an end and for n <= 0
 
-    n: primitive steps until the limit, which an action of k steps may run over. Success: the same
-    with 1 for a reward that ends in success, and without gamma.
-    """
-    shown, edge = reachable(twosome.make_episode(args, plays))
-    states = list(dict.fromkeys(shown))  # the agent does not see everything
-    policy = dict(zip(states, agent.remembered_log_policy(states)))
-    probability = np.concatenate([policy[state].exp().double().numpy() for state in shown])
-    outcome = []
-    for reward, gamma in ((edge["success"], 1.0), (edge["reward"], args.gamma)):
-        # V(s, n) at [n, s]; the last column, which "after" calls -1, is that of an end.
-        value = np.zeros((LIMIT[args.env] + 1, len(shown) + 1))
-        for n in range(1, len(value)):
-            later = value[np.maximum(n - edge["steps"], 0), edge["after"]]
-            following = reward + gamma ** edge["steps"] * later
-            value[n, :-1] = np.bincount(edge["before"], probability * following)
-        outcome.append(value[-1, 0].item())
-    return tuple(outcome)
+    n is the number of primitive steps until the limit. An action of k steps may run over it."""
+    discount = gamma ** edges["steps"].double()
+    n_states = int(edges["before"].max()) + 1
+    # V(s, n) stands at [n, s]. The last column, which "after" calls -1, is that of an end.
+    value = torch.zeros(limit + 1, n_states + 1, dtype=torch.double)
+    for n in range(1, limit + 1):
+        later = value[(n - edges["steps"]).clamp(min=0), edges["after"]]
+        outcome = probability * (reward + discount * later)
+        value[n].index_add_(0, edges["before"], outcome)
+    return value[limit, 0].item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def exact(agent, settings):
+    """The expected success and discounted return of an episode."""
+    seen, edges = reachable(twosome.make_env(agent, settings))
+    distinct = list(set(seen))  # Different states may look alike.
+    policies = dict(zip(distinct, agent.cached_log_policy(distinct), strict=True))
+    probability = torch.cat([policies[state] for state in seen]).double().exp()
+    limit = time_limit(settings)
+    success = expected(edges, probability, edges["success"], 1.0, limit)
+    return success, expected(edges, probability, edges["reward"], settings.gamma, limit)
+
+
+def report(run):
+    settings, agent = baselines.load_run(run)
+    success, discounted = exact(agent, settings)
+    print(f"{run}: success {success:.4f}, discounted return {discounted:.4f}")
+    if (run / "summary.json").exists():
+        summary = json.loads((run / "summary.json").read_text())
+        print(f"  sampled: {twosome.describe(summary['after'])}")
+
+
+def main(argv=()):
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
-    for run in parser.parse_args().runs:
-        try:
-            args, agent = baselines.load_run(run)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"exact.py: {error}") from None
-        success, ret = exact(agent, args, baselines.PLAYS[args.method])
-        print(f"{run}: success {success:.4f}, discounted return {ret:.4f}")
-        if (run / "summary.json").exists():
-            summary = json.loads((run / "summary.json").read_text())
-            print("  sampled: " + twosome.describe(summary["after"] or summary["before"]))
+    try:
+        for run in parser.parse_args(argv).runs:
+            report(run)
+    except (twosome.UserError, OSError) as error:
+        sys.exit(f"exact.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,367 +1,428 @@
 """An agent's whole world on one page, to play with: opened by a double click, without a network.
 
     python experiments/page.py RUN [--out page.html]
-    python experiments/page.py RUN --movie movie.gif    # one episode; needs matplotlib
+    python experiments/page.py RUN --movie movie.gif    # one episode; needs Chromium or Chrome
 
 RUN is a folder that twosome.py left. The worlds are small and nothing in them is random, so the
-page can hold every state that can be reached: its picture, what the agent is told, what it may do
-and where that leads, and for each action the log-probability of each token, before training (the
-adapter off) and after. Everything else (normalisation, policies, exact success and return) is
-computed from these by the script in page.html, the page's other half.
+page can hold every state that can be reached: its picture, what the agent is told, what it may do,
+where that leads, and the log-probability of each token of each action, untrained and trained. The
+page's other half, page.html, draws all this, and computes policies, success and return from it.
 """
 
 import argparse
 import base64
-import csv
 import json
+import random
+import shutil
+import subprocess
 import sys
-import textwrap
+import tempfile
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import baselines  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import overcooked_text  # noqa: E402
 import twosome  # noqa: E402
 import virtualhome_text  # noqa: E402
-from overcooked_text import HOME, SERVING, VIEW, face  # noqa: E402
-
-LIMIT = {"overcooked": overcooked_text.MAX_STEPS, "virtualhome": virtualhome_text.MAX_STEPS}
-
-# === 1. Pictures. Page and movie draw them from these shapes, in boxes of 1 by 1, y downwards. ====
-# "o": centre x, y, radius x, y, fill; "r": x, y, width, height, fill; "p": fill, x, y, x, y, ...
-INK, RED, GREEN, LIGHT, VIOLET, WOOD = (
-    "#333333", "#d0342c", "#3f9b45", "#8fd17f", "#b98ab5", "#a9744f")
-FACE = [("o", .5, .36, .2, .19, "#e8b98a"), ("o", .43, .36, .015, .025, INK),
-        ("o", .57, .36, .015, .025, INK)]
-MACHINE = [("r", .05, .2, .9, .62, "#d5d8dc"), ("o", .84, .36, .05, .1, INK)]
-SCREEN = [("r", .42, .7, .16, .12, INK), ("r", .25, .8, .5, .05, INK), ("r", .05, .12, .9, .6, INK)]
+from experiments import baselines, exact  # noqa: E402
+from overcooked_text import HOME, SERVING, START, VIEW, face  # noqa: E402
+from twosome import UserError, encode, require  # noqa: E402
 
 
-def slices(fill: str, inner: str) -> list:
-    return [("o", x, y, r, r, colour) for x, y in ((.3, .58), (.5, .34), (.7, .58))
-            for r, colour in ((.17, fill), (.09, inner))]
+# === 1. Scenes: what is drawn where. x goes to the right and y down; a cell is 1 by 1. ============
+def picture(icon, x, y, size=1):
+    """One of the icons in page.html, by its upper left corner."""
+    return ["picture", icon, round(x, 2), round(y, 2), round(size, 2)]
 
 
-ICONS = {
-    "floor": [("r", 0, 0, 1, 1, "#f3eee3")], "counter": [("r", 0, 0, 1, 1, "#cdbb9c")],
-    "table": [("r", 0, 0, 1, 1, WOOD)], "shelf": [("r", 0, 0, 1, 1, "#9aa3ad")],
-    "room": [("r", 0, 0, 4, 3, "#f0ebdf")], "name": [],
-    "bed": [("r", .1, .1, .8, .8, "#ffffff"), ("r", .1, .4, .8, .5, "#7fa7c9"),
-            ("o", .5, .25, .25, .1, "#f0ebdf")],
-    "bath": [("o", .5, .5, .45, .3, "#ffffff"), ("o", .5, .52, .35, .2, "#bfe6ff")],
-    "cook": [("o", .5, .7, .28, .25, "#f4f6f8"), *FACE, ("o", .5, .1, .24, .1, "#ffffff"),
-             ("r", .34, .1, .32, .13, "#ffffff")],
-    "agent": [("o", .5, .72, .25, .27, "#0072B2"), *FACE,
-              ("p", "#4a3728", .3, .34, .33, .18, .5, .12, .67, .18, .7, .34, .6, .24, .4, .24)],
-    "tomato": [("o", .5, .5, .3, .27, RED),
-               ("p", GREEN, .5, .3, .34, .2, .46, .24, .5, .12, .54, .24, .66, .2)],
-    "chopped tomato": slices(RED, "#f3a08f"),
-    "lettuce": [("o", x, y, .2, .19, fill) for x, y, fill in (
-        (.33, .52, GREEN), (.67, .52, GREEN), (.5, .34, GREEN), (.5, .55, LIGHT))],
-    "chopped lettuce": [("p", fill, x, y, x + .24, y + .04, x + .12, y + .16) for x, y, fill in (
-        (.2, .3, GREEN), (.5, .25, LIGHT), (.3, .5, GREEN), (.55, .48, GREEN), (.42, .64, LIGHT))],
-    "onion": [("p", "#8a5a83", .5, .08, .4, .32, .6, .32), ("o", .5, .5, .29, .26, VIOLET),
-              ("o", .5, .5, .12, .26, "#cfa9cc")],
-    "chopped onion": slices(VIOLET, "#f6eef5"),
-    "bowl": [("p", "#dfe6ee", .12, .45, .88, .45, .68, .78, .32, .78),
-             ("o", .5, .45, .38, .13, "#f8fbff")],
-    "board": [("r", .08, .2, .84, .6, "#e0b980"), ("o", .83, .3, .04, .04, WOOD)],
-    "serving": [("r", .06, .2, .88, .62, "#c3ccd6"), ("o", .5, .51, .36, .24, "#ffffff")],
-    "closed machine": [*MACHINE, ("r", .12, .3, .6, .42, "#4b535c")],
-    "open machine": [*MACHINE, ("r", .12, .3, .6, .42, "#fff3c4"),
-                     ("p", "#8d96a0", .12, .3, -.16, .2, -.16, .86, .12, .72)],
-    "television off": [*SCREEN, ("r", .1, .17, .8, .5, "#50565c")],
-    "television on": [*SCREEN, ("r", .1, .17, .8, .5, "#bfe6ff"),
-                      ("o", .74, .3, .07, .08, "#F0E442"), ("p", GREEN, .1, .67, .3, .3, .5, .67)],
-    "sofa": [("r", .05, .25, .9, .35, "#8f6d9f"), ("r", .0, .4, .18, .42, "#a584b4"),
-             ("r", .82, .4, .18, .42, "#a584b4"), ("r", .18, .56, .64, .26, "#b79ac4")],
-    "coffee table": [("r", .15, .5, .08, .34, WOOD), ("r", .77, .5, .08, .34, WOOD),
-                     ("o", .5, .46, .47, .16, WOOD)],
-    "pancake": [("o", .5, .66, .36, .13, "#b9762f"), ("o", .5, .56, .36, .13, "#d99a4e"),
-                ("o", .5, .46, .36, .13, "#edbb6b")],
-    "chips": [("p", "#E69F00", .25, .15, .75, .15, .7, .5, .75, .85, .25, .85, .3, .5),
-              ("o", .5, .5, .17, .13, "#fff2a8")],
-    "milk": [("p", "#ffffff", .3, .35, .5, .12, .7, .35, .7, .88, .3, .88),
-             ("r", .3, .5, .4, .18, "#56B4E9")],
-    "thing": [("o", .5, .55, .34, .26, "#e4c9a0"), ("o", .5, .5, .2, .13, "#f5e6cc")],
-}
+def label(text, x, y, align="middle"):
+    """A line of text, by its baseline."""
+    return ["label", text, round(x, 2), round(y, 2), align]
 
 
-def kitchen_room(task: str) -> list:
-    """What never changes: pictures [icon, x, y, size, label], in this order."""
-    cells = [(row, column) for row in range(7) for column in range(7)]
-    table = [HOME[food] for food in ("tomato", "lettuce", "onion")]
-    boards = overcooked_text.TASKS[task].boards.items()
-    things = [*(("floor" if face(cell) == cell else "counter", cell, "") for cell in cells),
-              *(("table", cell, "table") for cell in table), ("shelf", HOME["bowl"], "shelf"),
-              ("serving", SERVING, "serving counter"),
-              *(("board", at, name[4:].replace(" cutting", "")) for at, name in boards)]
-    return [[icon, x, y, 1, label] for icon, (y, x), label in things]
+def window(x, y, width, height):
+    """What the agent sees. Everything else is dark."""
+    return ["window", x, y, width, height]
 
 
-def kitchen_scene(task: str, state: dict) -> tuple[list, str]:
-    """Return what is drawn on top of the room and the same in words. What the agent does not see is
-    under veils, ["veil", x, y, width, height]."""
-    (row, column), place = state["agent"], state["place"]
-    where = {SERVING: "on the serving counter", HOME["bowl"]: "on the shelf"} | {
-        HOME[food]: "on the table" for food in place if food != "bowl"} | {
-        cell: f"on {board}" for cell, board in overcooked_text.TASKS[task].boards.items()}
-    inside = [item for item in place if place[item] == "bowl"]
-    left, right = max(column - VIEW, 0), min(column + VIEW + 1, 7)
-    top, bottom = max(row - VIEW, 0), min(row + VIEW + 1, 7)
-    told = [f"The cook is in row {row + 1}, column {column + 1} of 7 and sees rows {top + 1} to "
-            f"{bottom} in columns {left + 1} to {right}"]
-    drawn = [["cook", column, row, 1, ""]]
-    for item in reversed(place):  # the bowl first, and over it what is in it
-        at = place[item]
-        name = f"chopped {item}" if item in state["chopped"] else item
-        told.append(f"{name} {where[tuple(at)] if isinstance(at, list) else f'in the {at}'}")
-        at = place["bowl"] if item in inside else at
-        y, x = (row, column) if at == "hand" else at
-        told[-1] += "" if top <= y < bottom and left <= x < right else " (hidden)"
-        x, y, size = (x + .48, y + .4, .6) if at == "hand" else (x + .1, y + .16, .8)
-        if item in inside:
-            x, y, size = x + size * (.12 + .3 * inside.index(item)), y + size * .12, size * .45
-        drawn.append([name, x, y, size, "" if item in inside or at == "hand" else name])
-    veils = [(0, 0, 7, top), (0, bottom, 7, 7 - bottom),
-             (0, top, left, bottom - top), (right, top, 7 - right, bottom - top)]
-    return drawn + [["veil", *veil] for veil in veils if veil[2] and veil[3]], "; ".join(told)
+class KitchenScene:
+    """Overcooked. Everything stands on the counters along the walls, and its name outside them."""
+
+    frame = (-2.8, -1.05, 11.3, 8.95)  # x, y, width and height of the whole drawing
+    size = (7, 7)  # of what can be dark
+
+    def __init__(self, task):
+        self.places = {HOME["bowl"]: "shelf", SERVING: "serving counter"}
+        for food in ("tomato", "lettuce", "onion"):
+            self.places[HOME[food]] = "table"
+        for cell, name in overcooked_text.TASKS[task].boards.items():
+            self.places[cell] = name.removeprefix("the ")
+
+    def background(self):
+        """What never changes."""
+        drawn = []
+        for cell in np.ndindex(*self.size):
+            row, column = cell
+            drawn.append(picture("floor" if face(cell) == cell else "counter", column, row))
+        for cell, name in self.places.items():
+            row, column = cell
+            drawn.append(picture(name.split()[-1], column, row))
+            if cell not in (HOME["lettuce"], HOME["onion"]):  # The table is named once.
+                drawn.append(self.outside(name.replace(" cutting", ""), cell, 0))
+        # The text calls this place the middle, which nobody would guess.
+        row, column = START
+        drawn.append(picture("mat", column, row))
+        for line, words in enumerate(("“middle of", "the kitchen”")):
+            drawn.append(label(words, column + 0.95, row + 1.35 + 0.36 * line, "end"))
+        return drawn
+
+    def outside(self, text, cell, line):
+        """A label outside the wall: on line 0 the place, below it the thing that is there."""
+        row, column = cell
+        if column == 0:
+            return label(text, -0.2, row + 0.45 + 0.38 * line, "end")
+        if column == 6:
+            return label(text, 7.2, row + 0.45 + 0.38 * line, "start")
+        return label(text, column + 0.5, (7.35 if row else -0.55) + 0.38 * line)
+
+    def draw(self, state):
+        """Return what changes, and the same in words."""
+        row, column = state["agent"]
+        drawn = [picture("cook", column, row)]
+        told = [f"cook in row {row + 1}, column {column + 1} of 7"]
+        in_bowl = [item for item, at in state["place"].items() if at == "bowl"]
+        for item in reversed(state["place"]):  # the bowl first, and over it what is in it
+            at = state["place"][item]
+            name = f"chopped {item}" if item in state["chopped"] else item
+            x, y, size = self.spot(state["place"]["bowl"] if item in in_bowl else at, row, column)
+            if item in in_bowl:
+                x += size * (0.12 + 0.3 * in_bowl.index(item))
+                y += size * 0.12
+                size *= 0.45
+            drawn.append(picture(name, x, y, size))
+            if isinstance(at, str):
+                told.append(f"{name} in the {at}")
+            else:
+                told.append(f"{name} on the {self.places[tuple(at)]}")
+                drawn.append(self.outside(name, at, 1))
+        left, right = max(column - VIEW, 0), min(column + VIEW + 1, 7)
+        top, bottom = max(row - VIEW, 0), min(row + VIEW + 1, 7)
+        return [*drawn, window(left, top, right - left, bottom - top)], told
+
+    def spot(self, at, row, column):
+        """Left, top and size of something on a counter, or in the hand of the cook."""
+        if at == "hand":
+            return column + 0.5, row + 0.42, 0.58
+        return at[1] + 0.12, at[0] + 0.1, 0.76
 
 
-ROOMS = {"kitchen": (0, 0), "bathroom": (4, 0), "bedroom": (0, 3), "living room": (4, 3)}
-SPOTS = {"television": (6.75, 3.15), "coffee table": (4.9, 3.4), "sofa": (5.9, 4.6)}
+class HomeScene:
+    """VirtualHome. In each room things stand in a row with their names below them, and the agent
+    stands below what it is next to, or near the door."""
 
+    frame = (-0.1, -0.1, 11.4, 7.8)
+    size = (11.2, 7.6)
+    rooms = {"kitchen": (0, 0), "bathroom": (5.6, 0)}
+    rooms |= {"bedroom": (0, 3.8), "living room": (5.6, 3.8)}
 
-def home_room(task: str) -> list:
-    return [*(["room", x, y, 1, ""] for x, y in ROOMS.values()),
-            *(["name", x + .2, y + .1, 1, room] for room, (x, y) in ROOMS.items()),
-            ["bath", 5.8, .7, 1.6, ""], ["bed", .6, 3.9, 1.6, ""]]
+    def __init__(self, task):
+        self.about = about = virtualhome_text.TASKS[task]
+        stands = {about.home: [*about.things]}
+        stands[about.room] = [*stands.get(about.room, ()), *about.furniture]
+        self.spots = {}  # thing -> left, top
+        for room, names in stands.items():
+            for place, name in enumerate(names):
+                self.spots[name] = self.at(room, 1.1 + 1.5 * place, 0.6)
 
+    def at(self, room, x, y):
+        left, top = self.rooms[room]
+        return left + x, top + y
 
-def home_scene(task: str, state: dict) -> tuple[list, str]:
-    """As kitchen_scene: what is where, the agent beside what it is close to, its hands full."""
-    home, about = state["home"], virtualhome_text.TASKS[task]
-    spot = {thing: (ROOMS[about.home][0] + .9 + 1.6 * i, ROOMS[about.home][1] + .45)
-            for i, thing in enumerate(about.things)}
-    spot |= SPOTS if not about.has_door else {
-        about.target: (ROOMS[about.room][0] + 2.5, ROOMS[about.room][1] + .5)}
-    condition = {about.target: "open" if home["open"] else "closed"} if about.has_door else {
-        "television": "on" if home["tv_on"] else "off"}
-    drawn, told = [], [f"The agent is in the {home['agent']}{', seated' * home['seated']}"]
-    for name in about.furniture:
-        told.append(f"{name} {condition.get(name, '')}".strip())
-        icon = f"{condition[name]} machine" if about.has_door else told[-1]
-        drawn.append([icon, *spot[name], 1.2, name])
-        told[-1] += f" in the {about.room}"
-    target_x, target_y = spot[about.target]
-    for i, thing in enumerate(home["placed"]):
-        spot[thing] = target_x + .2 + .45 * i, target_y + (.3 if about.has_door else .1)
-    x, y = np.add(ROOMS[home["agent"]], (1.4, 1.6)).tolist()
-    if home["close"]:
-        x, y = np.add(spot[home["close"][0]], (0, 0) if home["seated"] else (-.9, .3)).tolist()
-    drawn.append(["agent", x, y, 1, ""])
-    for thing in about.things:
-        icon, at = thing if thing in ICONS else "thing", f"in the {about.home}"
+    def background(self):
+        drawn = []
+        for room in self.rooms:
+            drawn.append(picture("room", *self.at(room, 0, 0)))
+            drawn.append(label(room, *self.at(room, 0.2, 0.48), "start"))
+        bath, bed = self.at("bathroom", 4, 0.5), self.at("bedroom", 4, 0.5)
+        return [*drawn, picture("bath", *bath, 1.5), picture("bed", *bed, 1.5)]
+
+    def draw(self, state):
+        """Return what changes, and the same in words."""
+        home, about = state["home"], self.about
+        conditions = {"television": "on" if home["tv_on"] else "off"}
+        if about.has_door:
+            conditions[about.target] = "open" if home["open"] else "closed"
+        agent = self.agent_spot(home)
+        drawn, told = [], [f"agent in the {home['agent']}{', seated' * home['seated']}"]
+        labelled = [*about.furniture]
+        for name in about.furniture:
+            words = f"{name} {conditions.get(name, '')}".strip()
+            told.append(f"{words} in the {about.room}")
+            drawn.append(picture("machine" if about.has_door else words, *self.spots[name], 1.3))
+        drawn.append(picture("agent", *agent, 1.15))
+        for thing in about.things:
+            words, spot = self.find(thing, home, agent)
+            told.append(f"{thing} {words}")
+            drawn.append(picture(thing, *spot))
+            if thing not in home["held"] and thing not in home["placed"]:
+                labelled.append(thing)
+        if about.has_door:  # in front of what is in the machine
+            door = f"{conditions[about.target]} door"
+            drawn.append(picture(door, *self.spots[about.target], 1.3))
+        for name in labelled:
+            x, y = self.spots[name]
+            for line, word in enumerate(name.split()):
+                drawn.append(label(word, x + 0.65, y + 1.6 + 0.34 * line))
+        return [*drawn, window(*self.rooms[home["agent"]], 5.6, 3.8)], told
+
+    def agent_spot(self, home):
+        """Left and top of the agent."""
+        if not home["close"]:
+            return self.at(home["agent"], 0.05, 2.55)
+        name = home["close"][0]
+        x, y = self.spots[self.about.target if name in home["placed"] else name]
+        return x + 0.08, y + (-0.1 if home["seated"] else 1.95)
+
+    def find(self, thing, home, agent):
+        """Where a thing is that can be carried: in words, and its left, top and size."""
+        x, y = self.spots[thing]
         if thing in home["held"]:
-            shift, at = (.62, -.12)[list(home["held"]).index(thing)], "in the hand"
-            drawn.append([icon, x + shift, y + .45, .5, ""])
-        else:
-            inside = thing in home["placed"]
-            at = f"{'in' if about.has_door else 'on'} the {about.target}" if inside else at
-            at += " (hidden)" if inside and about.has_door and not home["open"] else ""
-            drawn.append([icon, *spot[thing], .55 if inside else .8, "" if inside else thing])
-        told.append(f"{thing} {at}")
-    if home["placed"] and about.has_door and not home["open"]:  # nobody sees into it
-        drawn.append(["veil", target_x + .15, target_y + .36, .72, .5])
-    drawn += [["veil", *corner, 4, 3] for room, corner in ROOMS.items() if room != home["agent"]]
-    return drawn, "; ".join([*told, "the other rooms are hidden"])
+            x, y = agent
+            side = list(home["held"]).index(thing)
+            return "in the hand", (x + (0.72, -0.17)[side], y + 0.5, 0.6)
+        if thing in home["placed"]:
+            target = self.about.target
+            x, y = self.spots[target]
+            place = home["placed"].index(thing)
+            words = f"{'in' if self.about.has_door else 'on'} the {target}"
+            return words, (x + 0.25 + 0.45 * place, y + 0.35, 0.5)
+        return f"in the {self.about.home}", (x + 0.15, y + 0.15, 1)
 
 
-# For each environment: the size of its picture, what never changes in it, and what does.
-SCENES = {"overcooked": ((7, 7), kitchen_room, kitchen_scene),
-          "virtualhome": ((8, 6), home_room, home_scene)}
+SCENES = {"overcooked": KitchenScene, "virtualhome": HomeScene}
+
+
+class TextScene:
+    """Another environment shows what its render() returns, or else its observation."""
+
+    def __init__(self, wrapper):
+        self.wrapper = wrapper
+
+    def draw(self, state):
+        render = getattr(self.wrapper.env, "render", None)
+        text = render() if render else self.wrapper.obs
+        return text, [text]
 
 
 # === 2. The data of the page. =====================================================================
+def explore(wrapper, scene):
+    """Find all states that can be reached, breadth first, the clock aside. Returns the views, which
+    are distinct pairs of prompt and phrases, and the states as the page has them.
 
-def explore(episode, task: str, scene) -> tuple[list, list]:
-    """All states that can be reached, breadth first, the clock aside. Returns the views, distinct
-    pairs (prompt, phrases), and the states as the page has them. Where an action leads: the number
-    of the next state, the reward, the primitive steps. From the goal nothing leads on."""
-    queue = [episode.env.get_state()]  # grows while it is read
-    number, views, states = {json.dumps(queue[0], sort_keys=True): 0}, {}, []
-    for state in queue:
-        episode.obs, episode.info = episode.env.set_state(state)
-        view = views.setdefault(episode.state(), len(views))
-        leads = []
-        for chosen in range(0 if episode.info["success"] else len(episode.info["actions"])):
-            episode.obs, episode.info = episode.env.set_state(state)
-            reward, _, _, _ = episode.act(chosen)
-            following = episode.env.get_state() | {"steps": 0}
-            name = json.dumps(following, sort_keys=True)
-            if name not in number:
-                number[name] = len(queue)
+    Each action of a state leads to [number of the next state, reward, primitive steps]. From an end
+    nothing leads on."""
+    queue = [wrapper.env.get_state()]  # It grows while it is read.
+    numbers = {json.dumps(queue[0], sort_keys=True): 0}
+    ends = set()
+    views, states = {}, []
+    for number, state in enumerate(queue):
+        exact.set_state(wrapper, state)
+        view = wrapper.state()
+        _, phrases = view
+        drawn, told = scene.draw(state)
+        shown = {"view": views.setdefault(view, len(views)), "scene": drawn, "told": told}
+        shown |= {"success": bool(wrapper.info["success"]), "leads": []}
+        states.append(shown)
+        if number in ends:
+            continue
+        for choice in range(len(phrases)):
+            exact.set_state(wrapper, state)
+            reward, _ = wrapper.step(choice)
+            following = wrapper.env.get_state() | {"steps": 0}
+            next_number = numbers.setdefault(json.dumps(following, sort_keys=True), len(queue))
+            if next_number == len(queue):
                 queue.append(following)
-            leads.append((number[name], reward, episode.info["primitive_steps"]))
-        pictures, words = scene(task, state)
-        pictures = [[x if isinstance(x, str) else round(x, 2) for x in one] for one in pictures]
-        states.append({"view": view, "scene": pictures, "words": words, "leads": leads})
+            if wrapper.done:
+                ends.add(next_number)
+            shown["leads"].append([next_number, reward, wrapper.info["primitive_steps"]])
     return list(views), states
 
 
 @torch.no_grad()
-def token_log_probs(agent, encoded: list, when: str) -> np.ndarray:
-    """log P of each token of each action of each view, given those before it, one after another:
-    the difference between two joint ones, with it and without it."""
-    beginnings = [(prompt, [ids[:n] for ids in actions for n in range(1, len(ids) + 1)])
-                  for prompt, actions in encoded]
-    parts = twosome.in_parts(beginnings, agent.max_prompts)
-    with agent.model.disable_adapter() if when == "before" else nullcontext():
-        # The largest part first: whether it may be packed is compared with the definition.
-        twosome.score(agent.model, max(parts, key=lambda part: len(twosome.as_tree(part)[0])))
-        joint = [x for part in tqdm(parts, when, delay=2, disable=None)
-                 for x in twosome.score(agent.model, part)]
-    lengths = [len(ids) for _, actions in encoded for ids in actions]
-    return np.concatenate([np.diff(own.cpu().numpy(), prepend=0)
-                           for own in torch.cat(joint).split(lengths)])
+def token_log_probs(agent, encoded, trained):
+    """log P of each token of each action of each view, given those before it, one after another: it
+    is the difference between two joint ones, with the token and without it."""
+    beginnings, n_tokens = [], []
+    for prompt_ids, action_ids in encoded:
+        parts = []
+        for ids in action_ids:
+            parts += [ids[:n] for n in range(1, len(ids) + 1)]
+            n_tokens.append(len(ids))
+        beginnings.append((prompt_ids, parts))
+    joint = []
+    chunks = twosome.chunks(beginnings, agent.settings.max_prompts)
+    with nullcontext() if trained else agent.model.disable_adapter():
+        for chunk in tqdm(chunks, "trained" if trained else "untrained", delay=2, disable=None):
+            joint += agent.score(agent.model, chunk)
+    actions = torch.cat(joint).cpu().split(n_tokens)
+    zero = torch.zeros(1)
+    return torch.cat([log_probs.diff(prepend=zero) for log_probs in actions]).numpy()
 
 
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
+def token_texts(tokenizer, ids):
     """The piece of text that each token adds, with the space in it."""
-    texts = ["", *(tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1))]
-    return [text[len(before):] for before, text in zip(texts, texts[1:])]
+    texts = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
+    return [text[len(before) :] for before, text in pairwise(texts)]
 
 
-def world(agent, args, run: Path) -> dict:
+def learning_curve(agent, folder, settings):
+    """Return the decisions of training, and rows (decisions, success, return) from the run's log.
+    The first row is the untrained LM's."""
+    saved = twosome.Run(folder, settings, "twosome").load(agent)
+    rows, before, decisions, _ = saved["log"]
+    if before:
+        rows = [{"env_steps": 0, **before}, *rows]
+    log = []
+    for row in rows:
+        if "success" in row:  # It is missing with --test_games 0.
+            log.append([row["env_steps"], row["success"], row["return"]])
+    return decisions, log
+
+
+def world(agent, settings, folder):
     """Everything that the page shows, as it goes into the page."""
-    size, room, scene = SCENES[args.env]
-    views, states = explore(twosome.make_episode(args), args.task, scene)
-    encoded = [twosome.encode(agent.tokenizer, *view) for view in views]
-    number = {}  # phrases come back all the time: they are stored once, with their tokens
-    shown = [{"prompt": prompt, "actions": [number.setdefault((phrase, *ids), len(number))
-                                            for phrase, ids in zip(phrases, actions)]}
-             for (prompt, phrases), (_, actions) in zip(views, encoded)]
-    log = run / "metrics.csv"  # a run of 0 steps has none
-    log = [[float(row[name]) for name in ("env_steps", "success", "return")]
-           for row in csv.DictReader(log.open() if log.exists() else []) if row["success"]]
-    if (run / "summary.json").exists():  # the run is over
-        before = json.loads((run / "summary.json").read_text())["before"]
-        log.insert(0, [0, before["success"], before["return"]])
-    names = "env", "task", "model", "norm", "seed", "gamma", "steps"
-    return {
-        "args": {name: getattr(args, name) for name in names}, "limit": LIMIT[args.env],
-        "log": log, "episodes": [twosome.EVALUATION_EPISODES, twosome.EPISODES_PER_ROW],
-        "views": shown, "states": states,
-        "phrases": [[phrase, token_texts(agent.tokenizer, ids)] for phrase, *ids in number],
-        "size": size, "room": room(args.task), "icons": ICONS,
-        "log_probs": {when: base64.b64encode(token_log_probs(agent, encoded, when).astype("<f4"))
-                      .decode() for when in ("before", "after")}}
+    wrapper = twosome.make_env(agent, settings)
+    drawing = {}
+    if settings.env in SCENES:
+        scene = SCENES[settings.env](settings.task)
+        drawing = {"frame": scene.frame, "size": scene.size, "background": scene.background()}
+    else:
+        scene = TextScene(wrapper)
+    views, states = explore(wrapper, scene)
+    encoded = [encode(agent.tokenizer, *view) for view in views]
+    numbers = {}  # The same phrases come again and again, so each is stored once.
+    shown = []
+    for (prompt, phrases), (_, action_ids) in zip(views, encoded, strict=True):
+        keys = [(phrase, *ids) for phrase, ids in zip(phrases, action_ids, strict=True)]
+        actions = [numbers.setdefault(key, len(numbers)) for key in keys]
+        shown.append({"prompt": prompt, "actions": actions})
+    log_probs = {}
+    for name in ("untrained", "trained"):
+        floats = token_log_probs(agent, encoded, name == "trained").astype("<f4")
+        log_probs[name] = base64.b64encode(floats).decode()
+    decisions, log = learning_curve(agent, folder, settings)
+    return drawing | {
+        "settings": {name: vars(settings)[name] for name in ("task", "model", "norm", "seed")},
+        "gamma": settings.gamma,
+        "limit": exact.time_limit(settings),
+        "decisions": decisions,
+        "log": log,
+        "games": [twosome.EVALUATION_GAMES, settings.test_games],
+        "views": shown,
+        "states": states,
+        "phrases": [[phrase, token_texts(agent.tokenizer, ids)] for phrase, *ids in numbers],
+        "log_probs": log_probs,
+    }
 
 
-def page(data: dict) -> str:
+def page(data):
     """The page, with its data. In a script element "<" could end it, so it is written otherwise."""
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return Path(__file__).with_suffix(".html").read_text().replace("{{data}}", text)
 
 
-# === 3. The movie. ================================================================================
-
-def movie(agent, args, path: Path):
-    """Write one episode as a GIF: scene, prompt, and the bars before and after training. Each of
-    its first 30 decisions has a frame before the agent chooses and one after."""
-    import matplotlib
-    matplotlib.use("Agg")  # no window
-    from matplotlib import patches, pyplot
-    from PIL import Image  # comes with it
-    (width, height), room, scene = SCENES[args.env]
-    figure, frames = pyplot.figure(figsize=(8.3, 4), dpi=100), []
-
-    def draw(axes, pictures, is_room):
-        for icon, x, y, size, label in pictures:
-            if icon == "veil":
-                axes.add_patch(patches.Rectangle((x, y), size, label, fc="#20242a", alpha=.55))
-                continue
-            at = ({"y": y + .04, "s": label.replace(" ", "\n"), "va": "top"} if is_room else
-                  {"y": y + .92 * size, "s": label})
-            axes.text(x=x + size / 2, fontsize=6.5, ha="center", zorder=3, **at)
-            for kind, *values in ICONS[icon]:
-                if kind == "p":
-                    points = np.reshape(values[1:], (-1, 2)) * size + (x, y)
-                    shape = patches.Polygon(points, fc=values[0])
-                else:
-                    a, b, c, d = np.multiply(values[:4], size) + (x, y, 0, 0)
-                    shape = (patches.Ellipse((a, b), 2 * c, 2 * d, fc=values[4]) if kind == "o" else
-                             patches.Rectangle((a, b), c, d, fc=values[4]))
-                axes.add_patch(shape).set(ec=INK, lw=.6)
-
-    def frame(episode, policies, chosen):
-        figure.clear()
-        axes = figure.add_axes((.01, .1, .4, .88))
-        axes.set(xlim=(-.3, width + .3), ylim=(height, 0), aspect="equal", anchor="N")
-        axes.axis("off")
-        draw(axes, room(args.task), is_room=True)
-        draw(axes, scene(args.task, episode.env.get_state())[0], is_room=False)
-        prompt, phrases = episode.state()
-        figure.text(.01, .03, f"step {episode.length}, return so far {episode.ret:.3f}", size=10)
-        lines = textwrap.fill(f"{prompt} ..." if policies else episode.obs, 59)
-        figure.text(.43, .97, lines, va="top", size=10, family="serif")
-        axes = figure.add_axes((.76, .02, .23, .62), xlim=(0, 1.15), ylim=(len(phrases) - .4, -1.1))
-        axes.axis("off")
-        for row, (name, p, style) in enumerate(zip(("before training", "after"), policies, (
-                {"fc": "#E69F00", "hatch": "////"}, {"fc": "#0072B2"}))):
-            axes.barh(-.85, .07, .3, left=.9 * row - .8, ec=INK, lw=.6, clip_on=False, **style)
-            axes.text(.9 * row - .7, -.85, name, va="center", size=8)
-            for k, x in enumerate(p.exp().tolist()):
-                axes.barh(k + .4 * row - .2, x, .36, ec=INK, lw=.6, **style)
-                axes.text(x + .02, k + .4 * row - .2, f"{x:.2f}", va="center", size=8)
-        for k, phrase in enumerate(phrases if policies else ()):
-            axes.text(-.03, k, textwrap.shorten(phrase, 45, placeholder=" ..."), ha="right",
-                      va="center", size=8, bbox={
-                          "fc": "#fde68a" if k == chosen else "none", "ec": "none", "pad": 2})
-        if not policies:
-            end = "The goal is reached." if episode.info["success"] else "The time is over."
-            figure.text(.43, .45, end, size=16)
-        figure.canvas.draw()
-        frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
-
-    for number, (episode, before, after, action) in enumerate(twosome.play(agent, args)):
-        if number < 30:
-            frame(episode, (before, after), None)
-            frame(episode, (before, after), action)
-    frame(episode, (), None)
-    palette = Image.fromarray(np.concatenate(frames)).quantize(256, Image.Quantize.MAXCOVERAGE)
-    first, *others = (Image.fromarray(x).quantize(palette=palette, dither=Image.Dither.NONE)
-                      for x in frames)
-    first.save(path, save_all=True, append_images=others, loop=0,
-               duration=[1200] * len(others) + [4000])  # in ms
+# === 3. The movie: the page plays an episode, and a browser takes one photograph of all frames. ===
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
+BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
+FRAME = (900, 640)  # pixels; page.html knows the width, and what stays empty below is cut off
+COLUMNS = 8  # A browser refuses a photograph that is very high.
+LONGEST = 30  # decisions in a movie
 
 
-def main(argv=None):
+def browser(*arguments):
+    """Run a browser without a window."""
+    found = [path for path in map(shutil.which, BROWSERS) if path]
+    require(found, f"no browser, looked for {', '.join(BROWSERS)}")
+    # A browser refuses to run as root with its sandbox. The only page that it opens is ours.
+    fixed = "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"
+    command = [found[0], *fixed, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+
+
+def play(agent, settings):
+    """The choices of one episode, or of its beginning."""
+    env = twosome.make_env(agent, settings)
+    rng = random.Random(settings.seed)
+    choices = []
+    while not env.done and len(choices) < LONGEST:
+        (log_pi,) = agent.cached_log_policy([env.state()])
+        choices.append(twosome.sample(log_pi, rng))
+        env.step(choices[-1])
+    return choices
+
+
+def movie(text, choices, path):
+    """Write an episode as a GIF. Each decision has a frame before the agent chooses, and one
+    after."""
+    from PIL import Image, ImageChops
+
+    n_frames = 2 * len(choices) + 1
+    width, height = FRAME
+    window_size = f"{width * COLUMNS},{height * -(-n_frames // COLUMNS)}"
+    with tempfile.TemporaryDirectory(dir=path.resolve().parent) as folder:
+        html, png = Path(folder, "page.html"), Path(folder, "page.png")
+        html.write_text(text)
+        browser(
+            f"--user-data-dir={folder}/profile",
+            f"--window-size={window_size}",
+            f"--screenshot={png}",
+            f"{html.as_uri()}#movie={','.join(map(str, choices))}",
+        )
+        sheet = Image.open(png).convert("RGB")
+    empty = Image.new("RGB", sheet.size, sheet.getpixel((0, 0)))
+    frames = []
+    for i in range(n_frames):
+        x, y = width * (i % COLUMNS), height * (i // COLUMNS)
+        frames.append((x, y, x + width, y + height))
+    drawn = ImageChops.difference(sheet, empty)
+    used = max(drawn.crop(frame).getbbox()[3] for frame in frames) + 8
+    palette = sheet.quantize(256, Image.Quantize.MEDIANCUT)
+    plain = Image.Dither.NONE
+    images = []
+    for frame in frames:
+        image = sheet.crop(frame).crop((0, 0, width, used))
+        images.append(image.quantize(palette=palette, dither=plain))
+    durations = [1200] * (n_frames - 1) + [4000]  # in ms
+    first, *others = images
+    first.save(path, save_all=True, append_images=others, loop=0, duration=durations)
+
+
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", metavar="RUN", type=Path, help="a folder that twosome.py left")
-    parser.add_argument("--out", type=Path, help="the page (without it: RUN/page.html)")
+    parser.add_argument("--out", type=Path, help="the page, else RUN/page.html")
     parser.add_argument("--movie", type=Path, metavar="GIF", help="one episode, instead of a page")
     given = parser.parse_args(argv)
     try:
-        args, agent = baselines.load_run(given.run)
-        if args.method != "twosome":
-            raise ValueError(f"{given.run}: {args.method} chooses without an LLM's tokens")
+        settings, agent = baselines.load_run(given.run)
+        require(type(agent) is twosome.Agent, f"{given.run} chooses without an LM's tokens")
+        text = page(world(agent, settings, given.run))
         path = given.movie or given.out or given.run / "page.html"
         if given.movie:
-            movie(agent, args, path)
+            movie(text, play(agent, settings), path)
         else:
-            path.write_text(page(world(agent, args, given.run)))
+            path.write_text(text)
     except ImportError as error:
-        raise SystemExit(f"page.py: {error}; a movie needs it: pip install matplotlib") from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"page.py: {error}") from None
+        sys.exit(f"page.py: {error}; a movie needs it: pip install pillow")
+    except (UserError, OSError, subprocess.SubprocessError) as error:
+        sys.exit(f"page.py: {error}")
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,51 +1,75 @@
-"""An exercise: one of these three functions is wrong, and nothing crashes.
+"""An exercise: one of these three methods is wrong, and nothing crashes.
 
     python experiments/planted_bug.py    # food-preparation, into runs/planted-bug
 
-Somebody found twosome.py too slow to read and wrote three of its functions anew. Training runs, the
-losses look like losses, and yet something is wrong. Find out which function it is: first from its
-log beside that of a sound run, then by a test of your own on numbers that you can compute by hand.
-It is mended when the two logs are the same, the time columns aside (bash; no output: the same):
+Somebody found twosome.py too slow to read and wrote three of its methods anew. Training runs, the
+losses look like losses, success rises, and yet something is wrong. Find out which method it is:
+first from its log beside that of a sound run, then by a test of your own, on numbers that you can
+compute by hand. It is mended when the two logs are the same but for the last column, the seconds
+(bash; no output means the same):
 
     python twosome.py --env virtualhome --out runs/sound
     cmp <(cut -d, -f1-11 runs/sound/metrics.csv) <(cut -d, -f1-11 runs/planted-bug/metrics.csv)
 """
 
-import itertools
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import twosome  # noqa: E402
 
 
-def normalize(log_probs, n_tokens, n_words, norm):
-    """log P(a | s), divided by the number of words or tokens, or not at all."""
-    divisors = {"word": n_words, "token": n_tokens, "none": [torch.ones(1)] * len(log_probs)}
-    return [log_prob / n.to(log_prob.device) for log_prob, n in zip(log_probs, divisors[norm])]
+class ShortEnv(twosome.TextEnv):
+    """Wraps an environment, so that the agent sees a prompt and phrases."""
+
+    def step(self, choice):
+        """Take one of the offered actions. Returns its reward, and the discount of what follows."""
+        action = list(self.info["actions"])[choice]
+        self.obs, reward, *ends, self.info = self.env.step(action)
+        self.discounted_return += self.gamma**self.length * reward
+        self.length += self.info["primitive_steps"]
+        self.done = any(ends)
+        discount = self.gamma ** self.info["primitive_steps"] * (1 - all(ends))
+        return reward, discount
 
 
-def gae(reward, discount, value, next_value, done, gae_lambda):
-    """A_t = delta_t + gamma^k_t lambda A_{t+1}, all of shape (T, N)."""
-    following_value = torch.cat([value[1:], next_value[-1:]])
-    delta = reward + discount * following_value - value
-    advantage = delta.clone()
-    for t in reversed(range(len(reward) - 1)):
-        advantage[t] += discount[t] * gae_lambda * (1 - done[t]) * advantage[t + 1]
-    return advantage
+class ShortAgent(twosome.Agent):
+    """An agent with two short methods."""
+
+    wrapper = ShortEnv
+
+    def log_policy(self, states):
+        """log pi(. | s) for B states: B tensors (K,), with gradients."""
+        encoded = [twosome.encode(self.tokenizer, *state) for state in states]
+        policies = []
+        for state, joint in zip(states, self.score(self.model, encoded), strict=True):
+            _, action_ids = twosome.encode(self.tokenizer, *state)
+            words = [phrase.split() for phrase in state[1]]
+            ends = {"word": words, "token": action_ids, "none": [[0]] * len(words)}
+            n = twosome.lengths(ends[self.settings.norm])
+            policies.append((joint.cpu() / n).log_softmax(-1))
+        return policies
+
+    def value(self, states):
+        """V(s) for B states: (B,), with gradients for the critic only."""
+        values = self.critic(self.features(states))
+        return values[:, 0]
 
 
-def minibatches(states, args, rng):
-    """Each epoch: 0 ... n-1 in a random order, cut into nearly equal parts."""
-    for _ in range(args.epochs):
-        parts = [[] for _ in range(args.minibatches)]
-        for part, i in zip(itertools.cycle(parts), rng.sample(range(len(states)), len(states))):
-            part.append(i)
-        yield from parts
+def make_agent(settings):
+    """As twosome.make_agent, with the class above."""
+    model, tokenizer = twosome.load_lm(settings.model, settings.device, settings.dtype)
+    model = twosome.add_lora(model)
+    agent = ShortAgent(model, tokenizer, settings, twosome.choose_scorer(model))
+    vocabulary = tokenizer.vocab_size
+    agent.extra_loss = twosome.Rehearsal(model, vocabulary, settings.rehearsal_coef)
+    return agent
 
 
 if __name__ == "__main__":
-    twosome.normalize, twosome.gae, twosome.minibatches = normalize, gae, minibatches
-    twosome.main(["--env", "virtualhome", "--out", "runs/planted-bug", *sys.argv[1:]])
+    twosome.main(
+        sys.argv[1:],
+        defaults={"env": "virtualhome", "out": "runs/planted-bug"},
+        make_agent=make_agent,
+        program=sys.argv[0],
+    )

@@ -1,45 +1,44 @@
-"""Draw learning curves, or what training changed.
+"""Draw learning curves, or what training has changed. It needs matplotlib.
 
-    python experiments/plot.py RUN [RUN ...] [--out FILE]    # without it, runs/curves.png
-    python experiments/plot.py --states RUN [--out FILE]     # a run of tomato-salad; RUN/states.png
+    python experiments/plot.py RUN [RUN ...] [--out FILE]    # without it, curves.png beside RUN
+    python experiments/plot.py --states RUN [--out FILE]     # without it, RUN/states.png
 
-A RUN is a folder that twosome.py left. Runs whose config.json differs in the seed and nothing else
-become one line, the mean, with a band from the lowest to the highest. Each point is the mean of the
-latest two rows of metrics.csv. Dotted lines, for the tasks that come with twosome.py: the best
-possible, and uniformly random choice among the offered actions. Needs matplotlib, which
-requirements.txt leaves out.
+Learning curves: runs that differ in the seed and nothing else are thin lines of one colour, and a
+thick line is their mean. Each point is the mean of the episodes that a run has played after an
+update (32 by default). It stands at the number of decisions that were made until then.
 
---states shows the six decisions that the shortest way to a tomato salad takes, and how probable
-each action is there before training (adapter off) and after.
-
-reproduce.py draws its figures with the functions of this file.
+--states follows the trained policy's most probable actions, and shows how probable each action was
+on the way, untrained and trained.
 """
 
-import argparse
 import csv
-import itertools
 import json
+import re
 import sys
+import textwrap
+from argparse import ArgumentParser
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import baselines  # noqa: E402
-import torch  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import twosome  # noqa: E402
+from experiments import baselines, exact  # noqa: E402
+from twosome import UserError, require  # noqa: E402
 
-OPTIMUM = twosome.OvercookedText.OPTIMUM | twosome.VirtualHomeText.OPTIMUM
-# Success and discounted return of uniformly random choice, as exact.py computes them.
-RANDOM = {"tomato-salad": (0.442, -0.096), "tomato-lettuce-salad": (0.0102, -0.228),
-          "food-preparation": (0.0193, 0.0038), "entertainment": (0.00264, 0.0004)}
-RANDOM |= {task: RANDOM["food-preparation"] for task in OPTIMUM if task not in RANDOM}
-
-# Okabe and Ito's colours, told apart by colour-blind readers, in an order of falling lightness
-# steps; line styles tell them apart in grey as well.
-STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#000000", ":"),
-          ("#CC79A7", (0, (5, 1))), ("#E69F00", (0, (3, 1, 1, 1))), ("#56B4E9", (0, (1, 1)))]
+# The colours of Okabe and Ito, which colour-blind readers can tell apart. The line styles tell the
+# lines apart in grey as well.
+STYLES = [
+    ("#0072B2", "-"),
+    ("#D55E00", "--"),
+    ("#009E73", "-."),
+    ("#000000", ":"),
+    ("#CC79A7", (0, (5, 1))),
+    ("#E69F00", (0, (3, 1, 1, 1))),
+    ("#56B4E9", (0, (1, 1))),
+]
 
 
 def pyplot():
@@ -47,180 +46,235 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("plot.py: figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # files only, no window
+        sys.exit("plot.py: figures need matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")  # It writes files and opens no window.
+    matplotlib.rcParams |= {
+        "font.size": 9,
+        "figure.titlesize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "figure.dpi": 150,
+    }
     from matplotlib import pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 150})
+
     return plt
 
 
-def smooth(curve: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """(env_steps, metric): the mean of each row and the one before it."""
-    rows = [row for row in curve if row[metric] != ""]
-    values = np.array([float(row[metric]) for row in rows])
-    return (np.array([int(row["env_steps"]) for row in rows]),
-            (values + np.concatenate([values[:1], values[:-1]])) / 2)
-
-
-def band(axis, label: str, curves: list[list[dict]], metric: str, style):
-    """Mean over seeds, and a band from the lowest to the highest. A seed whose first reward comes
-    late is untrained until then; one that ends early stays as it is."""
-    smoothed = [smooth(curve, metric) for curve in curves]
-    first, last = min(x[0] for x, _ in smoothed), max(x[-1] for x, _ in smoothed)
-    steps = np.linspace(first, last, 200)
-    lines = np.array([np.interp(steps, x, y) for x, y in smoothed])
+# === Learning curves ==============================================================================
+def draw_line(axis, curves, metric, style):
+    """Draw a thin line for each seed and a thick one, their mean. Returns the height of its end. A
+    seed whose first reward comes late is untrained until then, and one that ends early stays."""
     color, dashes = style
-    how = {"color": color, "linestyle": dashes, "label": label, "linewidth": 1.6}
-    if first == last:  # a single row: nothing was ever earned, nothing learned
-        axis.axhline(lines.mean(), **how)
-        return
-    axis.plot(steps, lines.mean(0), **how)
-    if len(lines) > 1:
-        axis.fill_between(steps, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
+    lines = []
+    for curve in curves:
+        x = np.array([float(row["env_steps"]) for row in curve])
+        y = np.array([float(row[metric]) for row in curve])
+        axis.plot(x, y, color=color, linewidth=0.6, alpha=0.6)
+        lines.append((x, y))
+    decisions = np.unique(np.concatenate([x for x, _ in lines]))
+    mean = np.mean([np.interp(decisions, x, y) for x, y in lines], axis=0)
+    axis.plot(decisions, mean, color=color, linestyle=dashes, linewidth=1.8)
+    return mean[-1]
 
 
-def learning_curves(panels: dict[str, dict[str, list]], path: Path):
-    """panels: task -> label -> one curve (rows of metrics.csv) for each seed. Writes a picture with
-    success above and discounted return below."""
+def label_ends(axis, ends, styles):
+    """Write each label beside the end of its line, and push apart those that would overlap."""
+    low, high = axis.get_ylim()
+    lowest_free = -1.0
+    for label, end in sorted(ends.items(), key=lambda pair: pair[1]):
+        height = max((end - low) / (high - low), lowest_free)  # a part of the axis
+        lowest_free = height + 0.09
+        color, _ = styles[label]
+        axis.text(1.02, height, label, transform=axis.transAxes, color=color, va="center")
+
+
+@cache
+def references(task):
+    """Success and return of what a curve is to be compared with: random choice, and the best."""
+    name = next(name for name, env in twosome.ENVS.items() if task in env.TASKS)
+    settings = twosome.make_settings(env=name, task=task)
+    random_choice = exact.exact(baselines.RandomAgent(settings), settings)
+    best_return = getattr(twosome.ENVS[name], "OPTIMUM", {}).get(task)
+    return random_choice, (1.0, best_return)
+
+
+def draw_references(axis, heights):
+    """Curves begin low and end high, so there is room for these names at the other ends."""
+    random_choice, best = heights
+    left, right = axis.get_xlim()
+    style = {"color": "0.4", "fontsize": 7, "va": "top"}
+    axis.axhline(random_choice, color="0.4", linestyle=":", linewidth=1)
+    axis.annotate("random choice", (right, random_choice), ha="right", **style)
+    if best is not None:
+        axis.axhline(best, color="0.4", linestyle=":", linewidth=1)
+        axis.annotate("best possible", (left, best), **style)
+
+
+def learning_curves(panels, path, title="Thin lines are single runs, thick lines are their means."):
+    """Draw panels: task -> label -> one curve for each seed, which is a list of rows of a log. Each
+    task has a row of two panels, success and discounted return."""
     plt = pyplot()
-    figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5.2),
-                                squeeze=False, sharex="col", layout="constrained")
-    most_first = sorted(panels.values(), key=len, reverse=True)  # so any two figures agree
-    labels = list(dict.fromkeys(label for lines in most_first for label in lines))
-    styles = {label: STYLES[i % len(STYLES)] for i, label in enumerate(labels)}
-    for column, (task, lines) in zip(axes.T, panels.items()):
-        marks = {"best": (1, OPTIMUM[task]), "random": RANDOM[task]} if task in OPTIMUM else {}
-        for i, metric in enumerate(("success", "return")):
+    size = 8, 0.5 + 2.6 * len(panels)
+    figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained")
+    figure.suptitle(title)
+    styles = {}
+    for row, (task, lines) in zip(axes, panels.items(), strict=True):
+        heights = zip(*references(task), strict=True)
+        for axis, metric, pair in zip(row, ("success", "return"), heights, strict=True):
+            ends = {}
             for label, curves in lines.items():
-                band(column[i], label, curves, metric, styles[label])
-            column[i].locator_params(axis="x", nbins=5)
-            for name, values in marks.items():
-                column[i].axhline(values[i], color="0.4", linestyle=":", linewidth=1)
-                column[i].annotate(name, (1, values[i]), xycoords=("axes fraction", "data"),
-                                   fontsize=7, ha="right", va="bottom", color="0.4")
-        column[0].set_title(task)
-        column[1].set_xlabel("environment steps (decisions);\neach value: the latest "
-                             f"{2 * twosome.EPISODES_PER_ROW} episodes")
-    axes[0, 0].set_ylabel("success")
-    axes[1, 0].set_ylabel("discounted return")
-    handles = {label: handle for axis in axes[0] for handle, label in
-               zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center",
-                  ncols=min(len(handles), 2 * len(panels)), frameon=False)
+                style = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
+                ends[label] = draw_line(axis, curves, metric, style)
+            draw_references(axis, pair)
+            axis.set_title(f"{task}: {metric.replace('return', 'discounted return')}", loc="left")
+            axis.set_xlabel("decisions")
+        row[0].set_ylim(-0.03, 1.03)
+        label_ends(row[1], ends, styles)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 
-def bars(groups: dict[str, dict[str, list[float]]], path: Path, ylabel: str, line=None):
-    """groups: place on the x axis -> label -> one value for each seed. Bars are means, whiskers go
-    from the lowest seed to the highest."""
-    plt = pyplot()
-    labels = list(dict.fromkeys(label for values in groups.values() for label in values))
-    figure, axis = plt.subplots(figsize=(max(4.0, 1.2 + 0.35 * len(groups) * (len(labels) + 1)), 3),
-                                layout="constrained")
-    for i, label in enumerate(labels):
-        for j, values in enumerate(groups.values()):
-            if not values.get(label):
-                continue
-            mean, low, high = (f(values[label]) for f in (np.mean, min, max))
-            axis.bar(j + (i - (len(labels) - 1) / 2) * 0.8 / len(labels), mean,
-                     0.8 / len(labels), yerr=[[mean - low], [high - mean]], capsize=2,
-                     color=STYLES[i][0], hatch=("", "//", "..", "xx", "\\\\")[i % 5],
-                     edgecolor="white", error_kw={"linewidth": 1},
-                     label=label if label not in axis.get_legend_handles_labels()[1] else None)
-    if line is not None:
-        axis.axhline(line, color="0.3", linestyle=":", linewidth=1)
-    axis.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
-    axis.set_ylabel(ylabel)
-    axis.grid(axis="x", visible=False)
-    figure.legend(loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+def read_curve(run):
+    """The rows of a run's log, with the untrained LM as the first one where the run has ended."""
+    try:
+        with open(run / "metrics.csv", newline="") as file:
+            curve = list(csv.DictReader(file))
+        if (run / "summary.json").exists():
+            untrained = json.loads((run / "summary.json").read_text())["before"]
+            curve.insert(0, {"env_steps": 0} | untrained)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} has no readable log: {error}") from error
+    require(curve, f"{run} has no row in its log")
+    return curve
 
 
-TOMATO_SALAD = [0, 2, 4, 0, 1, 3]  # fetch the tomato, to the board, chop, take, to the bowl, serve
-
-
-@torch.no_grad()
-def decisive_states(run: Path, path: Path):
-    """The policy in the six states of the shortest way, adapter off and on."""
-    args, agent = baselines.load_run(run, device="cpu")
-    if (args.task, args.method) != ("tomato-salad", "twosome"):
-        raise ValueError(f"{run} is no TWOSOME run of tomato-salad")
-    plt = pyplot()
-    figure, axes = plt.subplots(3, 2, figsize=(9, 6), layout="constrained", sharex=True)
-    episode = twosome.make_episode(args)
-    for number, (axis, best) in enumerate(zip(axes.flat, TOMATO_SALAD), start=1):
-        prompt, phrases = episode.state()
-        (after,) = agent.log_policy([(prompt, phrases)])
-        with agent.model.disable_adapter():
-            (before,) = agent.log_policy([(prompt, phrases)])
-        rows = np.arange(len(phrases))
-        axis.barh(rows - 0.2, before.exp().numpy(), 0.38, color="#E69F00", label="before training",
-                  hatch="///", edgecolor="white")
-        axis.barh(rows + 0.2, after.exp().numpy(), 0.38, color="#0072B2", label="after training")
-        axis.set_yticks(rows, phrases, fontsize=7)
-        axis.get_yticklabels()[best].set_fontweight("bold")
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1)
-        axis.grid(axis="y", visible=False)
-        axis.set_title(f"{number}. {episode.obs.partition('. ')[0]}.", fontsize=8, loc="left")
-        episode.act(best)
-    for axis in axes[-1]:
-        axis.set_xlabel("probability")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-
-
-def read_runs(runs: list[Path]) -> dict[str, dict[str, list]]:
-    """task -> the first of the runs that differ only in the seed -> the curves of all of them."""
-    alike = {}  # (settings, group) -> seed -> run, task, curve
+def read_runs(runs):
+    """Return task -> label -> the curves of runs that differ only in the seed."""
+    panels, labels = {}, {}
     for run in runs:
-        try:
-            config = json.loads((run / "config.json").read_text())
-            with open(run / "metrics.csv", newline="") as file:
-                curve = [row for row in csv.DictReader(file) if row["success"]]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{run} is not a run's folder, or has not trained ({error})") from None
-        if not curve:
-            raise ValueError(f"{run} has no row with a success (--log-success no), or no row yet")
-        seed, settings = config["seed"], json.dumps(config | {"seed": 0, "out": ""}, sort_keys=True)
-        # A run with a seed that is there already is another agent (say, of altered code).
-        group = next(i for i in itertools.count() if seed not in alike.get((settings, i), ()))
-        alike.setdefault((settings, group), {})[seed] = run, config["task"], curve
-    panels = {}
-    for group in alike.values():
-        runs, tasks, curves = zip(*group.values())
-        label = str(runs[0]) + f" and {len(runs) - 1} more" * (len(runs) > 1)
-        panels.setdefault(tasks[0], {})[label] = list(curves)
+        config = twosome.read_config(run)
+        lines = panels.setdefault(config["task"], {})
+        method = baselines.read_method(run)
+        key = json.dumps(config | {"seed": 0, "out": "", "method": method}, sort_keys=True)
+        if key not in labels:
+            name = re.sub(r"-?seed-?\d+", "", run.resolve().name)
+            labels[key] = str(run) if name in lines else name
+        lines.setdefault(labels[key], []).append(read_curve(run))
     return panels
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+# === What training has changed ====================================================================
+@torch.no_grad()
+def most_probable_episode(run):
+    """Follow the trained policy's most probable actions to the end or a repetition, or for twelve.
+    Returns the task, and for each decision what is new in the observation, the phrases, the choice,
+    and both policies."""
+    settings, agent = baselines.load_run(run, device="cpu")
+    require(hasattr(agent, "tokenizer"), f"{run} has trained no LM")
+    env = twosome.make_env(agent, settings)
+    decisions, states, known = [], [], []
+    while not env.done and len(decisions) < 12 and env.state() not in states:
+        state = env.state()
+        states.append(state)
+        (trained,) = agent.log_policy([state])
+        with agent.model.disable_adapter():
+            (untrained,) = agent.log_policy([state])
+        choice = trained.argmax().item()
+        sentences = re.split(r"(?<=\.) ", env.obs)
+        news = " ".join(sentence for sentence in sentences if sentence not in known)
+        policies = {"untrained": untrained.exp().numpy(), "trained": trained.exp().numpy()}
+        decisions.append((news, state[1], choice, policies))
+        known = sentences
+        env.step(choice)
+    return settings.task, decisions
+
+
+def draw_states(run, path):
+    plt = pyplot()
+    task, decisions = most_probable_episode(run)
+    n_rows = (len(decisions) + 1) // 2
+    size = 10, 0.8 + 1.9 * n_rows
+    figure, axes = plt.subplots(n_rows, 2, figsize=size, squeeze=False, layout="constrained")
+    figure.suptitle(f"{task}: what training has changed. In bold: what the trained policy does")
+    for axis in axes.flat[len(decisions) :]:
+        axis.set_visible(False)
+    for i, (axis, decision) in enumerate(zip(axes.flat, decisions, strict=False)):
+        news, phrases, choice, policies = decision
+        rows = np.arange(len(phrases))
+        axis.barh(rows - 0.2, policies["untrained"], 0.38, color="#E69F00", label="untrained")
+        axis.barh(rows + 0.2, policies["trained"], 0.38, color="#0072B2", label="trained")
+        axis.set_yticks(rows, phrases, fontsize=7)
+        axis.get_yticklabels()[choice].set_fontweight("bold")
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.grid(axis="y", visible=False)
+        axis.set_title(textwrap.shorten(f"{i + 1}. {news}", 80), fontsize=8, loc="right")
+        axis.set_xlabel("probability" if i >= len(decisions) - 2 else "")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+# === Bars, for reproduce.py =======================================================================
+def bars(groups, path, ylabel, title, line=None):
+    """Draw groups: place on the x axis -> label -> one value for each seed. A bar is the mean of
+    the dots, which are the seeds. `line` is a pair: a height, and what it means."""
+    plt = pyplot()
+    labels = list(next(iter(groups.values())))
+    size = max(4.0, 1.2 + 0.35 * len(groups) * (len(labels) + 1)), 3
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    width = 0.8 / len(labels)
+    for i, label in enumerate(labels):
+        color, _ = STYLES[i % len(STYLES)]
+        shift = (i - (len(labels) - 1) / 2) * width
+        means = []
+        for j, values in enumerate(groups.values()):
+            seeds = values[label]
+            means.append(np.mean(seeds) if seeds else 0.0)
+            axis.plot([j + shift] * len(seeds), seeds, "k.", markersize=3)
+        places = np.arange(len(groups)) + shift
+        axis.bar(places, means, width, color=color, edgecolor="white", label=label)
+    if line:
+        height, meaning = line
+        axis.axhline(height, color="0.4", linestyle=":", linewidth=1)
+        axis.annotate(meaning, (axis.get_xlim()[1], height), color="0.4", fontsize=7)
+    axis.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
+    axis.set_ylabel(ylabel)
+    axis.set_title(title, loc="left")
+    axis.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(argv=()):
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", type=Path)
-    parser.add_argument("--states", metavar="RUN", type=Path, help="draw what training changed")
-    parser.add_argument("--out", type=Path, help="the picture that is written, in any format that "
-                        "matplotlib knows (default: curves.png beside the first run; with --states "
-                        "RUN/states.png)")
-    given = parser.parse_args()
+    parser.add_argument("--states", metavar="RUN", type=Path, help="draw what training has changed")
+    parser.add_argument("--out", type=Path, help="the picture, in any format of matplotlib")
+    given = parser.parse_args(argv)
     if not (given.runs or given.states):
         parser.error("name at least one run's folder")
-    given.out = given.out or (given.states / "states.png" if given.states
-                              else given.runs[0].parent / "curves.png")
-    pyplot()  # first of all: without matplotlib there is nothing to do
+    if given.states:
+        out = given.out or given.states / "states.png"
+    else:
+        out = given.out or given.runs[0].parent / "curves.png"
+    formats = pyplot().figure().canvas.get_supported_filetypes()
     try:
+        require(out.suffix[1:] in formats, f"--out {out} must end in one of {', '.join(formats)}")
         if given.states:
-            decisive_states(given.states, given.out)
+            draw_states(given.states, out)
         else:
-            learning_curves(read_runs(given.runs), given.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"plot.py: {error}") from None
-    print(f"wrote {given.out}")
+            learning_curves(read_runs(given.runs), out)
+    except (UserError, OSError) as error:
+        sys.exit(f"plot.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,511 +1,754 @@
-"""Remake every result of this repository.
+"""Remake the results: experiments/results/NAME/ with runs.csv, curves.csv, RESULTS.md and figures.
 
-    python experiments/reproduce.py quick            # at most 15 minutes on two cores: one seed
-    python experiments/reproduce.py full             # at most 4 hours on two cores: five seeds
-    python experiments/reproduce.py real             # the same questions to a real LLM: real.py
-    python experiments/reproduce.py full --only E4   # only the jobs of one experiment
-    python experiments/reproduce.py full --only tomato-salad-word-seed21    # one row of runs.csv
-    python experiments/reproduce.py full --report    # only tables and figures, from what is there
+    python experiments/reproduce.py quick --out mine    # two tasks and one seed, about ten minutes
+    python experiments/reproduce.py full                # all of it with pocket_lm
+    python experiments/reproduce.py full --model models/SmolLM2-135M-Instruct \\
+        --wikitext FILE --blimp FOLDER_OR_ZIP           # with a real LM; language.py has the links
+    python experiments/reproduce.py full --only E1 E5   # some of the experiments
+    python experiments/reproduce.py full --report       # only RESULTS.md and the figures
 
-A job is one run of twosome.py with one seed, and what is measured on the agent that it leaves. Each
-ends as one row of experiments/results/<mode>/runs.csv, with its learning curve in curves.csv. Jobs
-that have a row are skipped, so an interrupted call goes on where it stopped, also on another
-machine; a job that was cut goes on from its last checkpoint under runs/reproduce/. A job computes
-with one thread, so its numbers do not depend on how many run side by side. Success and return are
-measured twice: on 100 sampled episodes, and exactly (exact.py).
+A job trains one agent and measures it. It is a label, a task and a seed, and it ends as one row of
+runs.csv. What is there is not made again, so an interrupted call goes on where it stopped, within a
+job at its last update. Success and return at the end are exact (exact.py), those along the way are
+means of 32 sampled episodes. If there is a file text.md, it stands at the top of RESULTS.md.
 
-E1 sample efficiency   four tasks; TWOSOME with three normalisations, PPO, SayCan, zero-shot, random
-E2 unseen tasks        the agents of two household tasks on the seven others
-E3 language            perplexity, and the true ending among four, before and after E1's runs
-E4 prompt principles   each of the four switched off
-E5 three decisions     the offered actions; the time limit as an end; the eps of advantages
-E6 another LM          tiny1m, which nobody here made
+E1 sample efficiency   TWOSOME with three normalisations, PPO, SayCan, untrained, random choice
+E2 unseen tasks        six chores, along the way of the training on another one
+E3 language            before and after, with and without rehearsal
+E4 prompts             each of the four principles off, and other joining words
+E5 departures          each of our departures from the paper's code put back, alone
 """
 
-import argparse
-import contextlib
 import csv
-import functools
-import itertools
-import json
 import multiprocessing
+import operator
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
-import warnings
-from dataclasses import replace
+import threading
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import cache, partial, partialmethod
+from itertools import product
 from pathlib import Path
 from statistics import mean
-from unittest.mock import patch
 
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket_lm"), str(ROOT / "experiments")]
-RESULTS = ROOT / "experiments" / "results"
-SCRATCH = ROOT / "runs" / "reproduce"
+sys.path.insert(0, str(ROOT))
+import twosome  # noqa: E402
+from experiments import baselines, language, plot  # noqa: E402
+from experiments.exact import exact  # noqa: E402
+from twosome import Agent, TextEnv, UserError  # noqa: E402
 
-TASKS = ["tomato-salad", "tomato-lettuce-salad", "food-preparation", "entertainment"]
+SHORT = ["tomato-salad", "food-preparation"]
+LONG = ["entertainment", "tomato-lettuce-salad"]
+TASKS = [*SHORT, *LONG]
+TRAINED = "food-preparation"  # E2 trains on it and asks for these:
 UNSEEN = ["cheese", "hamburger", "apple-pie", "pizza", "washing-plate", "laundry"]
-HOUSEHOLD = ["food-preparation", "entertainment", *UNSEEN]
+MOMENTS = ["untrained", "at 90%", "half-way", "at the end"]
+UNSEEN_COLUMNS = [*UNSEEN, "all six", f"return on {TRAINED}"]
 NORMS = ["word", "token", "none"]
-SEEDS = {"quick": [21], "full": [21, 22, 23, 24, 25]}  # nothing was chosen by looking at them
-COST = {"tomato-salad": 20, "tomato-lettuce-salad": 190, "food-preparation": 20,
-        "entertainment": 100}  # seconds of a TWOSOME run on one core, for the time that is left
-BASELINE_STEPS = {"tomato-salad": 15_360, "tomato-lettuce-salad": 25_600,
-                  "food-preparation": 10_240, "entertainment": 61_440}  # until PPO has learned
-
-COLUMNS = ["name", "experiment", "task", "label", "seed", "env_steps", "seconds", "before_success",
-           "before_return", "success", "return", "length", "exact_success", "exact_return",
-           "steps_to_90", "perplexity_before", "perplexity", "cloze_before", "cloze",
-           *(f"on_{task}" for task in HOUSEHOLD)]
-CURVE = ["name", "env_steps", "success", "return"]  # each row: 32 sampled episodes
+EXPERIMENTS = ["E1", "E2", "E3", "E4", "E5"]
+SEEDS = [41, 42, 43, 44, 45]  # Nothing was chosen by looking at them.
+PPO_STEPS = {
+    "tomato-salad": 15_360,
+    "food-preparation": 10_240,
+    "entertainment": 61_440,
+    "tomato-lettuce-salad": 25_600,
+}  # decisions until PPO has learned
+COST = {"tomato-lettuce-salad": 4}  # of a decision beside those of other tasks, to guess the time
 
 
-# --- the jobs -------------------------------------------------------------------------------------
-
-def a_job(experiment, task, label, seed, scratch, cost, change=None, **given) -> dict:
-    env = "overcooked" if task.endswith("salad") else "virtualhome"
-    name = f"{task}-{label}-seed{seed}"
-    return {"name": name, "experiment": experiment, "task": task, "label": label, "seed": seed,
-            "change": change, "run": str(scratch / name), "cost": cost,
-            "given": {"env": env, "task": task, "seed": seed, "device": "cpu"} | given}
+# === E4. Prompts: each takes the place of TextEnv.state. ==========================================
+def joined_by(env, words):
+    _, phrases = TextEnv.state(env)
+    return f"{env.obs} {words.format(goal=env.env.goal)}", phrases
 
 
-def jobs(mode: str, lm: str) -> list[dict]:
-    """All jobs of a mode, seed by seed, so that a cut call leaves whole seeds behind.
-
-    label says how an agent was made; change names a function of this file that alters the prompts
-    or the offered actions while the job runs."""
-    import twosome
-    result = []
-
-    def add(experiment, task, label, seed, cost=None, **given):
-        result.append(a_job(experiment, task, label, seed, SCRATCH, cost or COST[task], **given))
-
-    for seed in SEEDS[mode]:
-        for task in TASKS if mode == "full" else ["tomato-salad", "food-preparation"]:
-            add("E1", task, "random", seed, cost=5, method="random")
-            add("E1", task, "zero-shot", seed, cost=5, steps=0)
-            for method in ("ppo", "saycan"):
-                add("E1", task, method, seed, cost=15, method=method, steps=BASELINE_STEPS[task])
-            for norm in NORMS:
-                add("E1", task, norm, seed, norm=norm)
-        for task in UNSEEN:
-            add("E2", task, "random", seed, cost=5, method="random")
-            add("E2", task, "zero-shot", seed, cost=5, steps=0)
-        for task in ("tomato-salad", "food-preparation"):
-            for principle in PRINCIPLES:
-                if (task, principle) != ("food-preparation", "one-wording"):  # it has only one
-                    add("E4", task, principle, seed, change=principle)
-        add("E5", "food-preparation", "all-actions", seed, change="all-actions")
-        add("E5", "tomato-salad", "time-limit-ends", seed, bootstrap_time_limit=False)
-        add("E5", "tomato-salad", "eps-1e-8", seed, advantage_eps=1e-8)
-        if seed in SEEDS[mode][:3]:
-            for env, task in (("overcooked", "tomato-salad"), ("virtualhome", "food-preparation")):
-                ours = twosome.Args(env=env, task=task)  # as for pocket_lm
-                add("E6", task, "tiny1m", seed, cost=60, model=lm, **{x: getattr(ours, x) for x in (
-                    "steps", "policy_lr", "standardize", "epochs", "max_prompts")})
-    for seed in SEEDS["full"] if mode == "full" else ():  # the longest ones last
-        add("E5", "entertainment", "eps-1e-8", seed, advantage_eps=1e-8)
-        add("E5", "entertainment", "all-actions", seed, change="all-actions")
-        add("E5", "entertainment", "time-limit-ends", seed, bootstrap_time_limit=False)
-    return result
+def no_articles(env):
+    prompt, phrases = TextEnv.state(env)
+    without = partial(re.sub, r"\b([Aa]n?|[Tt]he) ", "")
+    return without(prompt), tuple(map(without, phrases))
 
 
-# E4: each principle switched off, by rewriting what the agent is shown. (prompt, phrases) -> both.
-
-def not_cohesive(prompt, phrases):
-    """The sentence ends before the action, which stands alone."""
-    return prompt.replace(", your next step is to", "."), phrases
-
-
-def no_articles(prompt, phrases):
-    bare = functools.partial(re.sub, r"\b([Aa]n?|[Tt]he) ", "")
-    return bare(prompt), tuple(map(bare, phrases))
-
-
-def other_words(prompt, phrases):
-    """The actions name the things by other words than the observation does."""
-    for word, other in (("bowl", "dish"), ("cutting board", "wooden block"),
-                        ("pancake", "flat cake"), ("microwave", "oven")):
+def other_words(env):
+    """The actions name things by other words than the observation does."""
+    prompt, phrases = TextEnv.state(env)
+    others = {
+        "bowl": "dish",
+        "cutting board": "wooden block",
+        "pancake": "flat cake",
+        "microwave": "oven",
+    }
+    for word, other in others.items():
         phrases = tuple(phrase.replace(word, other) for phrase in phrases)
     return prompt, phrases
 
 
-def one_wording(prompt, phrases):
-    """Every action keeps the wording that it has at the start of tomato-salad."""
-    return prompt, ("pick up the tomato", "pick up the bowl", "walk to the cutting board",
-                    "walk to the serving counter", "chop the tomato")
+def one_wording(env):
+    """Every action keeps the wording that it has in the first state."""
+    prompt, _ = TextEnv.state(env)
+    _, info = type(env.env)(env.env.task).reset()
+    now = env.info["actions"].items()
+    return prompt, tuple(info["actions"].get(i, phrase) for i, phrase in now)
 
 
-PRINCIPLES = {"not-cohesive": not_cohesive, "no-articles": no_articles,
-              "other-words": other_words, "one-wording": one_wording}
+PROMPTS = {
+    "as it is": TextEnv.state,
+    "not cohesive": partialmethod(joined_by, "Your task is to {goal}."),
+    "no articles": no_articles,
+    "other words in the actions": other_words,
+    "one wording of an action": one_wording,
+}
+for words in (
+    "To {goal}, your next step is to",
+    "The next step to {goal} is to",
+    "To {goal}, you should first",
+    "To {goal}, first",
+):
+    PROMPTS[words.format(goal="G")] = partialmethod(joined_by, words)
 
 
-def changed(change: str | None):
-    """The context in which a job runs."""
-    import real
-    import twosome
-    from virtualhome_text import VirtualHomeText
-    if change is None:
-        return contextlib.nullcontext()
-    if change == "all-actions":
-        return patch.object(VirtualHomeText, "_offered", lambda self, verb, noun: True)
-    shown, rewrite = twosome.Episode.state, (PRINCIPLES | real.WORDINGS)[change]
-    return patch.object(twosome.Episode, "state", lambda self: rewrite(*shown(self)))
+# === E5. Departures: what the paper's code does, each alone. ======================================
+class SmallEps(Agent):
+    """The update divides A by std(A) + 1. With c A for a large c that is A / (std(A) + 1 / c)."""
+
+    def learn(self, rollout, settings, rng):
+        rollout = replace(rollout, advantage=1e8 * rollout.advantage)
+        return super().learn(rollout, settings, rng)
 
 
-# --- one job --------------------------------------------------------------------------------------
+class LimitEnds(TextEnv):
+    """The time limit is an end, after which nothing is earned."""
 
-@functools.cache
-def language_before(model_name: str) -> tuple[float, float]:
-    import twosome
-    from language import language
-    return language(*twosome.load_lm(model_name, "cpu", "float32"))
-
-
-def steps_to_90(curve: list[dict]) -> int | str:
-    """Environment steps of the first row at which the mean success of the latest three, 96
-    episodes, is at least 0.9."""
-    for latest in zip(curve, curve[1:], curve[2:]):
-        if sum(float(row["success"]) for row in latest) >= 3 * 0.9:
-            return int(latest[-1]["env_steps"])
-    return ""
+    def step(self, choice):
+        reward, discount = super().step(choice)
+        return reward, discount * (1 - self.done)
 
 
-def measure(job: dict, row: dict, agent, args, plays):
-    """What is asked of an agent besides success and return."""
-    from exact import exact
-    from language import language
-    if job["experiment"] != "E1" or job["label"] not in ("word", "token", "none", "ppo"):
-        return
-    if args.env == "virtualhome":  # E2: every other task with the same agent
-        for task in HOUSEHOLD:
-            if job["label"] != "ppo" or "entertainment" not in (task, job["task"]):
-                row[f"on_{task}"], _ = exact(agent, replace(args, task=task), plays)
-    if args.method == "twosome":  # E3
-        row["perplexity_before"], row["cloze_before"] = language_before(args.model)
-        row["perplexity"], row["cloze"] = language(agent.model, agent.tokenizer)
+class AlwaysEarns(TextEnv):
+    """A reward of 1e-30 changes no number, but the training loop then finds a rollout earning."""
+
+    def step(self, choice):
+        reward, discount = super().step(choice)
+        return reward + 1e-30, discount
 
 
-def run_job(job: dict, measure=measure):
-    """Train and measure; return the job, its row of runs.csv and its rows of curves.csv; or the
-    job, the reason why it cannot run, and None."""
-    import baselines
-    import torch
-    import twosome
-    from exact import exact
+def paper_lora(model):
+    """Queries and values of all blocks, which are what peft adapts unless told otherwise."""
+    config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
 
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    run = Path(job["run"])
-    run.parent.mkdir(parents=True, exist_ok=True)
-    row = {name: job[name] for name in ("name", "experiment", "task", "label", "seed")}
-    args = twosome.Args(**baselines.OWN.get(job["given"].get("method"), {}) | job["given"])
-    plays = baselines.PLAYS[args.method]
-    with open(f"{run}.log", "w") as log, contextlib.redirect_stdout(log), \
-            contextlib.redirect_stderr(log), changed(job["change"]):
-        torch.manual_seed(args.seed)
+
+class SeparateUpdates(Agent):
+    """First the critic is updated, with the change of V clipped, and then the actor."""
+
+    learns_actor = False
+
+    def value(self, states):
+        value = super().value(states)
+        # In the actor's update the critic gets no gradient, and so Adam leaves it alone.
+        return value.detach().requires_grad_() if self.learns_actor else value
+
+    def learn(self, rollout, settings, rng):
+        old = rollout.returns - rollout.advantage
+        for batch in twosome.minibatches(len(rollout.states), settings, rng):
+            value = self.value([rollout.states[i] for i in batch])
+            change = (value - old[batch]).clamp(-settings.clip_coef, settings.clip_coef)
+            errors = torch.stack([value, old[batch] + change]) - rollout.returns[batch]
+            self.optimizer.zero_grad()
+            (0.5 * errors.square().amax(0).mean()).backward()
+            twosome.take_step(self, settings.max_grad_norm)
+        self.learns_actor = True
+        metrics = super().learn(rollout, settings, rng)
+        self.learns_actor = False
+        return metrics
+
+
+@dataclass
+class Variant:
+    """How an agent differs from the default."""
+
+    settings: dict = field(default_factory=dict)
+    kind: type = Agent
+    wrapper: type = TextEnv
+    lora: object = twosome.add_lora
+
+
+DEPARTURES = {
+    "advantages over std + 1e-8": Variant(kind=SmallEps),
+    "the time limit is an end": Variant(wrapper=LimitEnds),
+    "LoRA on all queries and values": Variant(lora=paper_lora),
+    "a rollout without reward is learned from": Variant(wrapper=AlwaysEarns),
+    "no rehearsal": Variant({"rehearsal_coef": 0.0}),
+    "one epoch of four minibatches": Variant({"epochs": 1, "minibatches": 4}),
+    "separate updates, V clipped": Variant(kind=SeparateUpdates),
+    "entropy bonus 0.01": Variant({"ent_coef": 0.01}),
+}
+VARIANTS = DEPARTURES | {norm: Variant({"norm": norm}) for norm in NORMS}
+for name, reword in PROMPTS.items():
+    variant = Variant(wrapper=type("Reworded", (TextEnv,), {"state": reword}))
+    VARIANTS[name] = VARIANTS[f"untrained, {name}"] = variant
+
+
+# === The jobs =====================================================================================
+@dataclass(frozen=True)
+class Job:
+    experiments: str
+    label: str
+    task: str
+    seed: int
+    steps: int | None
+    model: str
+
+    def name(self):
+        return f"{self.label}, {self.task}, seed {self.seed}"
+
+    def row(self):
+        return {"name": self.name(), "label": self.label, "task": self.task, "seed": self.seed}
+
+    def cost(self):
+        learns_lm = self.label not in baselines.DEFAULTS
+        return 1000 + learns_lm * COST.get(self.task, 1) * self.steps
+
+
+def get_settings(job):
+    env = "overcooked" if job.task in twosome.OvercookedText.TASKS else "virtualhome"
+    values = {"env": env, "task": job.task, "seed": job.seed, "steps": job.steps}
+    values |= {"model": job.model, "device": "cpu"} | baselines.DEFAULTS.get(job.label, {})
+    return twosome.make_settings(**values | VARIANTS.get(job.label, Variant()).settings)
+
+
+# Experiments, labels, tasks, with how many seeds, and decisions where they are not the task's.
+UNTRAINED = [f"untrained, {name}" for name in PROMPTS]
+PLAN = [
+    ("E1 E2 E3 E4 E5", ["word"], SHORT, 5, {}),
+    ("E1 E2 E3", ["token", "none"], SHORT, 5, {}),
+    ("E1", ["ppo", "saycan"], TASKS, 5, PPO_STEPS),
+    ("E1", ["word, PPO's decisions"], SHORT, 3, PPO_STEPS),
+    ("E1 E4", [*UNTRAINED, "random"], TASKS, 1, dict.fromkeys(TASKS, 0)),
+    ("E3 E5", list(DEPARTURES), SHORT, 3, {}),
+    ("E4", list(PROMPTS)[1:], SHORT, 3, {}),
+    ("E1 E3", NORMS, LONG, 5, {}),
+]
+
+
+def make_jobs(given):
+    jobs = []
+    quick = given.mode == "quick"
+    seeds = given.seeds or SEEDS[: 1 if quick else 5]
+    # The two long tasks take a real LM hours.
+    n_long = 0 if quick else 5 if given.model == "pocket_lm" else 3
+    for i, seed in enumerate(seeds):
+        for experiments, labels, tasks, n_seeds, steps in PLAN:
+            for task, label in product(tasks, labels):
+                wanted = i < n_seeds and (task in SHORT or i < n_long)
+                if wanted and set(given.only) & set(experiments.split()):
+                    job = Job(experiments, label, task, seed, steps.get(task), given.model)
+                    decisions = min(get_settings(job).steps, given.steps)
+                    jobs.append(replace(job, steps=decisions))
+    return jobs
+
+
+# === One job ======================================================================================
+def make_agent(job, settings):
+    if job.label in baselines.DEFAULTS:
+        return baselines.make_agent(settings, job.label)
+    variant = VARIANTS.get(job.label, Variant())
+    model, tokenizer = twosome.load_lm(settings.model, settings.device, settings.dtype)
+    model = variant.lora(model)
+    agent = variant.kind(model, tokenizer, settings, twosome.choose_scorer(model))
+    agent.wrapper = variant.wrapper
+    coef = settings.rehearsal_coef
+    if coef:
+        agent.extra_loss = twosome.Rehearsal(model, tokenizer.vocab_size, coef)
+    return agent
+
+
+def get_curve(run):
+    """Decisions, success and return: untrained, and in each row of the log."""
+    before = run.before | {"env_steps": 0}
+    return [(row["env_steps"], row["success"], row["return"]) for row in [before, *run.rows]]
+
+
+def decisions_to_90(curve):
+    """The number of decisions at which success reaches 0.9, or None. A point is the mean of two
+    consecutive rows, 64 episodes. Between points we interpolate."""
+    x, y, _ = np.array(curve).T
+    x[1:], y[1:] = (x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2
+    if y.max() < 0.9:
+        return None
+    i = np.argmax(y >= 0.9)  # the first one
+    last_two = slice(max(i - 1, 0), i + 1)
+    return np.interp(0.9, y[last_two], x[last_two])
+
+
+def ask_unseen(agent, moment):
+    """Exact success on the unseen tasks, and return on the task itself."""
+    values = [exact(agent, replace(agent.settings, task=task))[0] for task in UNSEEN]
+    values += [mean(values), exact(agent, agent.settings)[1]]
+    names = [f"{name}, {moment}" for name in UNSEEN_COLUMNS]
+    return dict(zip(names, values, strict=True))
+
+
+class WatchedRun(twosome.Run):
+    """Asks its agent for the unseen tasks along the way, and keeps that in the checkpoints."""
+
+    def save(self, agent, envs):
+        settings = agent.settings
+        played = len(self.rows) * settings.n_envs * settings.rollout_steps
+        begun = self.seconds()
+        to_90 = decisions_to_90(get_curve(self))
+        came = True, to_90 is not None, 2 * played >= settings.steps
+        unseen = self.before.setdefault("unseen", {})
+        for moment, has_come in zip(MOMENTS, came, strict=False):
+            if has_come and f"all six, {moment}" not in unseen:
+                unseen |= ask_unseen(agent, moment)
+        self.started += self.seconds() - begun
+        super().save(agent, envs)
+
+
+def measure_language(lm, tokenizer, model, data):
+    """Perplexity, and the part of choices between texts that are right."""
+    if model == "pocket_lm":
+        return language.language(lm, tokenizer)
+    return language.real_language(lm, tokenizer, *data)
+
+
+@cache
+def untrained_language(model, data):
+    return measure_language(*twosome.load_lm(model), model, data)
+
+
+def compare_language(agent, model, data):
+    perplexity_0, right_0 = untrained_language(model, data)
+    perplexity, right = measure_language(agent.model, agent.tokenizer, model, data)
+    return {
+        "perplexity": perplexity,
+        "perplexity_change": 100 * (perplexity / perplexity_0 - 1),  # in percent
+        "right": right,
+        "right_change": 100 * (right - right_0),  # in points of a hundred
+    }
+
+
+def measure(job, agent, run, data):
+    """Everything about a trained agent, by column."""
+    curve = get_curve(run)
+    x, y, _ = np.array(curve).T
+    equal = np.linspace(0, twosome.ENVS[agent.settings.env].STEPS[job.task], 1000)
+    to_90 = decisions_to_90(curve)
+    row = {"decisions": run.decisions, "seconds": run.seconds(), "to_90": to_90}
+    row["to_90_or_all"] = run.decisions if to_90 is None else to_90
+    row["area"] = np.interp(equal, x, y).mean()
+    row["success"], row["return"] = exact(agent, agent.settings)
+    row["part_of_best"] = row["return"] / OPTIMUM[job.task]
+    if isinstance(run, WatchedRun):
+        row |= run.before["unseen"] | ask_unseen(agent, MOMENTS[-1])
+    if "E3" in job.experiments:
+        row |= compare_language(agent, job.model, data)
+    return row
+
+
+def run_job(job, out, data, commit):
+    """Train and measure. Returns the row of runs.csv and those of curves.csv."""
+    settings = get_settings(job)
+    path = ROOT / "runs" / "reproduce" / f"{out.name}, {job.name()}, {job.steps}, {commit}"
+    path.mkdir(parents=True, exist_ok=True)
+    row = job.row() | {"experiments": job.experiments, "commit": commit}
+    with open(path / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        torch.manual_seed(settings.seed)
+        agent = make_agent(job, settings)
+        kind = WatchedRun if job.label in NORMS and job.task == TRAINED else twosome.Run
+        run = kind(path, settings, job.label)
         try:
-            agent = baselines.make_agent(args)
-            config = run / "config.json"
-            if config.exists() and json.loads(config.read_text()) != vars(args):
-                shutil.rmtree(run)  # an older version's: it cannot be gone on with
-            if not (run / "summary.json").exists():
-                twosome.train(args, agent, run, plays)
-            elif args.steps:
-                twosome.load_checkpoint(run, agent)
-        except (ValueError, OSError) as error:
-            return job, str(error), None
-        summary = json.loads((run / "summary.json").read_text())
-        before, after = summary["before"], summary["after"] or summary["before"]
-        row |= {"env_steps": summary["env_steps"], "seconds": round(summary["seconds"], 1),
-                "before_success": before["success"], "before_return": before["return"],
-                "success": after["success"], "return": after["return"], "length": after["length"]}
-        row["exact_success"], row["exact_return"] = exact(agent, args, plays)
-        curve = [{"name": job["name"]} | {x: r[x] for x in CURVE[1:]}
-                 for r in read_csv(run / "metrics.csv")]
-        row["steps_to_90"] = steps_to_90(curve)
-        measure(job, row, agent, args, plays)
-    row = {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()}
-    return job, row, curve
+            twosome.train(agent, partial(twosome.make_env, agent, settings), settings, run)
+        except UserError as error:
+            row["note"] = error
+        row |= measure(job, agent, run, data)
+    shutil.rmtree(path)
+    names = "env_steps", "success", "return"
+    curve = [job.row() | dict(zip(names, point, strict=True)) for point in get_curve(run)]
+    return row, curve
 
 
-# --- all jobs -------------------------------------------------------------------------------------
-
-def read_csv(path: Path) -> list[dict]:
+# === All jobs =====================================================================================
+def read_csv(path):
     if not path.exists():
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def append_csv(path: Path, columns: list[str], rows: list[dict]):
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def append_csv(path, rows):
+    """Write the file anew, aside, so that after a kill there is the old one or the new one."""
+    rows = read_csv(path) + rows
+    columns = {}
+    for row in rows:
+        columns |= row
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            texts = {name: f"{x:.5g}" for name, x in row.items() if isinstance(x, float)}
+            writer.writerow(row | texts)
+    os.replace(unfinished, path)
 
 
-def run_all(todo: list[dict], folder: Path, workers: int, measure=measure, columns=COLUMNS):
-    """Run the jobs side by side; write each one's rows when it ends."""
-    # A curve without its row is what an interruption left between the two: it comes anew.
-    done = {row["name"] for row in read_csv(folder / "runs.csv")}
-    curves = [row for row in read_csv(folder / "curves.csv") if row["name"] in done]
-    (folder / "curves.csv").unlink(missing_ok=True)
-    append_csv(folder / "curves.csv", CURVE, curves)
-    bar = tqdm(total=sum(job["cost"] for job in todo), unit="work", smoothing=0, dynamic_ncols=True,
-               bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"
-                          "{postfix}")
-    with bar, multiprocessing.get_context("spawn").Pool(workers) as pool:  # ends with its block
-        run = functools.partial(run_job, measure=measure)
-        for job, row, curve in pool.imap_unordered(run, todo):
-            if curve is None:
-                tqdm.write(f"{job['name']} could not run: {row}")
-                continue
-            append_csv(folder / "curves.csv", CURVE, curve)
-            append_csv(folder / "runs.csv", columns, [row])
-            shutil.rmtree(job["run"])
-            bar.set_postfix_str(f"{job['experiment']} {job['name']}")
-            bar.update(job["cost"])
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-# --- RESULTS.md -----------------------------------------------------------------------------------
-
-def numbers(rows: list[dict], measure: str) -> list[float]:
-    return [float(row[measure]) for row in rows if row.get(measure)]
-
-
-def outcome(rows: list[dict], measure: str) -> list[float]:
-    """Success or return at the end: exact, or sampled where a file is older than exact.py."""
-    return numbers(rows, f"exact_{measure}") or numbers(rows, measure)
+def start_worker():
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tqdm.set_lock(threading.RLock())  # Its own would outlive a killed process.
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def perplexity_change(rows: list[dict]) -> list[float]:  # in per cent
-    return [100 * (after / before - 1) for after, before in zip(
-        numbers(rows, "perplexity"), numbers(rows, "perplexity_before"))]
+def run_all(jobs, out, data):
+    """Run the jobs side by side, and write each one's rows when it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker)
+    # The workers begin with Ctrl-C ignored and keep it so. This process ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    commit = current_commit()
+    left = {pool.submit(run_job, job, out, data, commit): job for job in jobs}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    bar = tqdm(total=sum(job.cost() for job in jobs), unit_scale=True, smoothing=0)
+    while left:
+        done, _ = wait(left, timeout=10, return_when=FIRST_COMPLETED)
+        for future in done:
+            row, curve = future.result()
+            append_csv(out / "curves.csv", curve)
+            append_csv(out / "runs.csv", [row])
+            job = left.pop(future)
+            bar.update(job.cost())
+        bar.refresh()
+    bar.close()
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """mean [lowest, highest]; of one value, the value"""
-    texts = [f"{f(values):,.{digits}f}" for f in (mean, min, max)] if values else ["-"]
-    return f"{texts[0]} [{texts[1]}, {texts[2]}]" if len(values) > 1 else texts[0]
+# === RESULTS.md ===================================================================================
+COMPARED = [*NORMS, "ppo", "saycan", UNTRAINED[0], "random"]
+OPTIMUM = twosome.OvercookedText.OPTIMUM | twosome.VirtualHomeText.OPTIMUM
 
 
-def table(header: list[str], lines: list[list]) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |"
-                     for line in (header, ["---"] * len(header), *lines)) + "\n"
-
-
-def never(rows: list[dict]) -> str:
-    """Steps until 90%: the mean of the seeds that got there, and how many did."""
-    reached = numbers(rows, "steps_to_90")
-    if not rows or rows[0]["label"] in ("zero-shot", "random"):
+def spread(values, digits=2):
+    """The mean, and the lowest and highest in brackets."""
+    if not values:
         return "-"
-    return f"{spread(reached, 0) if reached else 'never'} ({len(reached)} of {len(rows)})"
+    average, low, high = (f"{f(values):,.{digits}f}" for f in (mean, min, max))
+    return f"{average} [{low}, {high}]" if len(values) > 1 else average
 
 
-def mean_steps(rows: list[dict]) -> float:
-    """Until 90%; a seed that never got there counts with all its steps."""
-    return mean(float(row["steps_to_90"] or row["env_steps"]) for row in rows)
+def table(header, lines):
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def verdicts(pick) -> list[str]:
-    """What was aimed at, and whether it was reached; each line from runs.csv alone."""
+class Results:
+    """The rows of runs.csv and curves.csv, by label and task."""
+
+    def __init__(self, folder):
+        self.rows, self.curves = defaultdict(list), defaultdict(dict)
+        for row in read_csv(folder / "runs.csv"):
+            self.rows[row["label"], row["task"]].append(row)
+        for row in read_csv(folder / "curves.csv"):
+            curves = self.curves[row["label"], row["task"]]
+            # A job that was interrupted between its two files left a curve that comes again.
+            curves.setdefault(row["seed"], {})[int(row["env_steps"])] = row
+
+    def numbers(self, label, task, column):
+        return [float(row[column]) for row in self.rows[label, task] if row.get(column)]
+
+    def cells(self, label, column, digits=2, tasks=TASKS):
+        cells = []
+        for task in tasks:
+            values, n = self.numbers(label, task, column), len(self.rows[label, task])
+            cell = spread(values, digits)
+            if 0 < len(values) < n:
+                cell += f", {len(values)} of {n}"
+            cells.append("never" if column == "to_90" and n and not values else cell)
+        return cells
+
+    def equal_returns(self, label, task):
+        """The returns along the way, after as many decisions as `word` takes."""
+        decisions = self.numbers("word", task, "decisions")
+        returns = []
+        for curve in self.curves[label, task].values():
+            y = [float(row["return"]) for row in curve.values()]
+            returns.append(np.interp(mean(decisions), list(curve), y))
+        return returns
+
+
+# What was aimed at: each function returns a number, which a target limits, and what is shown.
+def ask(column, which, digits, results, task):
+    values = results.numbers("word", task, column)
+    return which(values), spread(values, digits)
+
+
+def share_of_ppo(results, task):
+    ours = results.numbers("word", task, "to_90_or_all")
+    ppo = mean(results.numbers("ppo", task, "to_90_or_all"))
+    all_reached = len(results.numbers("word", task, "to_90")) == len(ours)
+    cell = f"{mean(ours):,.0f} of {ppo:,.0f}"
+    return mean(ours) / ppo if all_reached else np.inf, cell
+
+
+def above_ppo(results, task):
+    ours = mean(results.numbers("word", task, "return"))
+    ppo = mean(results.equal_returns("ppo", task))
+    return ours - ppo, f"{ours:.3f}, PPO {ppo:.3f}"
+
+
+def behind_norms(results, task):
+    """How far the best seed of `word` is behind the worst seed of another normalisation."""
+    ours, *others = [results.numbers(norm, task, "to_90_or_all") for norm in NORMS]
+    behind = max(min(ours) - max(other) for other in others)
+    return behind, ", ".join(f"{mean(values):,.0f}" for values in (ours, *others))
+
+
+def least_unseen(results, task):
+    means = {}
+    for unseen in UNSEEN:
+        means[unseen] = mean(results.numbers("word", task, f"{unseen}, at the end"))
+    least = min(means, key=means.get)
+    return means[least], f"{least} {means[least]:.2f}"
+
+
+HALF = "decisions until 90% success: at most half of PPO's"
+# A target, its measure and its limit. It is to hold on all tasks, if it does not say: on two.
+AIMS_OF_POCKET_LM = [
+    (HALF, share_of_ppo, operator.le, 0.5),
+    ("each unseen task at 0.9 or more", least_unseen, operator.ge, 0.9),
+]
+AIMS_OF_A_REAL_LM = [
+    ("decisions until 90% success: fewer than PPO's", share_of_ppo, operator.lt, 1),
+    (f"{HALF}, on two tasks", share_of_ppo, operator.le, 0.5),
+    ("a higher return than PPO's after as many decisions", above_ppo, operator.gt, 0),
+    (
+        "`word` not behind `token` and `none` by more than the spread",
+        behind_norms,
+        operator.le,
+        0,
+    ),
+    ("each unseen task at 0.8 or more", least_unseen, operator.ge, 0.8),
+]
+AIMS = [
+    ("perplexity +2% at most", partial(ask, "perplexity_change", max, 1), operator.le, 2),
+    ("right choices -1 point at most", partial(ask, "right_change", min, 1), operator.ge, -1),
+    ("success of 0.98 or more", partial(ask, "success", mean, 3), operator.ge, 0.98),
+    ("95% of the best return", partial(ask, "part_of_best", mean, 3), operator.ge, 0.95),
+]
+
+
+def targets_table(results, model):
+    """A line for each target. A task that misses it is bold."""
     lines = []
-
-    def say(reached: bool, text: str):
-        lines.append(f"- {'reached' if reached else '**NOT reached**'}: {text}")
-
-    for task in TASKS:
-        ours, ppo = pick(task, "word"), pick(task, "ppo")
-        if not ours or not ppo:
-            continue
-        mine, its = mean_steps(ours), mean_steps(ppo)
-        say(len(numbers(ours, "steps_to_90")) == len(ours) and mine <= its / 3,
-            f"{task}: 90% success in at most a third of PPO's steps: TWOSOME {never(ours)}, PPO "
-            f"{never(ppo)}, ratio {mine / its:.2f}"
-            + " (a seed that never got there counts with all its steps)"
-            * (len(numbers(ppo, "steps_to_90")) < len(ppo)))
-        final, *others = (outcome(pick(task, label), "success")
-                          for label in ("word", "saycan", "zero-shot"))
-        say(min(final) >= 0.95 and all(mean(final) > mean(x) for x in others if x),
-            f"{task}: ends at 0.95 or more ({spread(final)}), above SayCan ({spread(others[0])}) "
-            f"and zero-shot ({spread(others[1])})")
-    for trained, task in itertools.product(("food-preparation", "entertainment"), UNSEEN):
-        ours = numbers(pick(trained, "word"), f"on_{task}")
-        base = outcome(pick(task, "zero-shot"), "success")
-        if ours and base and (trained == "food-preparation" or mean(ours) < 0.8):
-            say(mean(ours) >= 0.8 and mean(ours) > mean(base),
-                f"{task} unseen, after {trained}: at least 0.8 and above the untrained LLM: "
-                f"{spread(ours)} against {spread(base)}")
-    for task in TASKS:
-        if percent := perplexity_change(pick(task, "word")):
-            say(max(percent) <= 2,
-                f"{task}: perplexity within 2% of before: {spread(percent, 1)}%")
-    return lines
+    own = AIMS_OF_POCKET_LM if model == "pocket_lm" else AIMS_OF_A_REAL_LM
+    for aim, measured, holds, limit in own + AIMS:
+        cells, met = [], []
+        for task in TASKS:
+            try:
+                number, cell = measured(results, task)
+            except ValueError:  # the mean of nothing: this was not measured
+                cells.append("-")
+                continue
+            met.append(holds(number, limit))
+            cells.append(cell if met[-1] else f"**{cell}**")
+        needed = 2 if aim.endswith("on two tasks") else len(met)
+        verdict = "met" if sum(met) >= needed else "**missed**"
+        lines.append([aim, *cells, verdict if met else "-"])
+    return table(["target", *TASKS, ""], lines)
 
 
-def report(folder: Path, mode: str, plan: list[dict]):
-    """Write RESULTS.md and the figures from runs.csv and curves.csv."""
-    import plot
-    from language import held_out
-
-    rows = read_csv(folder / "runs.csv")
-    curves = {name: list(curve) for name, curve in itertools.groupby(
-        read_csv(folder / "curves.csv"), key=lambda row: row["name"])}
-    seeds = sorted({int(row["seed"]) for row in rows})
-
-    def pick(task, label):
-        return [row for row in rows if (row["task"], row["label"]) == (task, label)]
-
-    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    command = f"python experiments/reproduce.py {mode} --only"
-    out = [f"# Results ({mode})\n",
-           f"Made by `python experiments/reproduce.py {mode}`: {len(rows)} of {len(plan)} jobs, "
-           f"seeds {', '.join(map(str, seeds))}. Numbers are the mean over seeds with the lowest "
-           "and the highest in brackets. Success and return are exact (exact.py), or, where it "
-           "says so, of 100 sampled episodes. "
-           f"Any row of runs.csv can be made again by `{command} NAME` with its name.\n"]
-    if len(rows) < len(plan):
-        out.append(f"**Not complete**: {len(plan) - len(rows)} jobs have not run yet; the same "
-                   "command goes on with them.\n")
-    causes = folder / "causes.md"  # written by a person, after looking
-    out += ["## What was aimed at\n", "\n".join(verdicts(pick)) + "\n",
-            causes.read_text() if causes.exists() else ""]
-
-    out.append(f"## E1 sample efficiency\n\n`{command} E1`\n")
-    for task in tasks:
-        out += [f"### {task}\n", table(
-            ["agent", "seeds", "steps until 90% success", "success", "success, sampled",
-             "discounted return", "return, sampled", "seconds"],
-            [[label, len(r), never(r), spread(outcome(r, "success")),
-              spread(numbers(r, "success")), spread(outcome(r, "return"), 3),
-              spread(numbers(r, "return"), 3), spread(numbers(r, "seconds"), 0)]
-             for label in (*NORMS, "ppo", "saycan", "zero-shot", "random")
-             if (r := pick(task, label))])]
-    out.append("`word`, `token` and `none` are TWOSOME with that normalisation. Steps until 90%: "
-               "at the first row of the log where 0.9 of the latest 96 sampled episodes (32 for "
-               "each of three rows) succeeded; the mean is over the seeds that got there.\n")
-
-    household = [task for task in ("food-preparation", "entertainment") if pick(task, "word")]
-    agents = [(task, label) for task in household for label in (*NORMS, "ppo") if pick(task, label)]
-    out += [
-        f"## E2 unseen tasks\n\n`{command} food-preparation-word-seed{seeds[0]}` and so on: the "
-        "unseen tasks are measured with the agents of E1.\n",
-        table(["task", *(f"{label} trained on {task}" for task, label in agents), "zero-shot",
-               "random"],
-              [[task, *(spread(numbers(pick(t, label), f"on_{task}")) for t, label in agents),
-                *(spread(outcome(pick(task, x), "success")) for x in ("zero-shot", "random"))]
-               for task in HOUSEHOLD]),
-        "PPO reads numbers, not words. Heating a pancake, heating a pizza and washing a plate are "
-        "the same numbers, so what looks like generalisation is the same task again; washing "
-        "clothes happens in another room; and with entertainment it shares not even the length of "
-        "the observation (-).\n",
-        f"## E3 language\n\n`{command} E1`\n",
-        table(["after training on", "agent", "perplexity before", "after", "change in %",
-               "true ending of four before", "after"],
-              [[task, label,
-                *(spread(numbers(r, x), 3) for x in ("perplexity_before", "perplexity")),
-                spread(perplexity_change(r), 1),
-                *(spread(numbers(r, x), 3) for x in ("cloze_before", "cloze"))]
-               for task in tasks for label in NORMS if (r := pick(task, label))]),
-        f"{len(held_out())} texts of make_pocket_lm.py that pocket_lm was not trained on; 200 of "
-        "them cut in the middle of the last sentence for the choice of the ending (by "
-        "log-probability per token; chance is 0.25).\n"]
-
-    variants = (
-        ("E4", "principles", "prompt principles, each switched off", list(PRINCIPLES)),
-        ("E5", "decisions", "offered actions, the time limit as an end, the eps of advantages",
-         ["all-actions", "time-limit-ends", "eps-1e-8"]),
-        ("E6", "tiny1m", "a pretrained LM that nobody here made", ["tiny1m"]))
-    for number, _, title, labels in variants:
-        out += [f"## {number} {title}\n\n`{command} {number}`\n", table(
-            ["task", "agent", "seeds", "success before, sampled", "steps until 90% success",
-             "success after", "discounted return after"],
-            [[task, "as it is" if label == "word" else label, len(r),
-              spread(numbers(r, "before_success")), never(r), spread(outcome(r, "success")),
-              spread(outcome(r, "return"), 3)]
-             for task in tasks if any(pick(task, x) for x in labels)
-             for label in ("word", *labels) if (r := pick(task, label))])]
-    (folder / "RESULTS.md").write_text("\n".join(out))
-    print(f"wrote {folder}/RESULTS.md")
-
-    def panels(labels, tasks):
-        """task -> the label's name in the figure -> the curves of all seeds"""
-        return {task: {name: lines for label, name in labels.items() if (
-            lines := [curves[row["name"]] for row in pick(task, label) if row["name"] in curves])}
-            for task in tasks if any(pick(task, label) for label in labels if label != "word")}
-
-    if drawn := panels({
-            "word": "TWOSOME, per word", "token": "TWOSOME, per token",
-            "none": "TWOSOME, undivided", "saycan": "SayCan", "ppo": "PPO"}, tasks):
-        plot.learning_curves(drawn, folder / "e1_curves.png")
-    if household:
-        plot.bars({task: {f"trained on {t}": numbers(pick(t, "word"), f"on_{task}")
-                          for t in household} |
-                   {"untrained LLM": outcome(pick(task, "zero-shot"), "success")}
-                   for task in UNSEEN}, folder / "e2_unseen.png", "success", line=0.8)
-    if drawn := {task: {label: perplexity_change(pick(task, label)) for label in NORMS}
-                 for task in tasks if pick(task, "word")}:
-        plot.bars(drawn, folder / "e3_perplexity.png", "perplexity, change in %", line=2)
-    for number, picture, _, labels in variants:
-        if drawn := panels({"word": "as it is"} | {label: label for label in labels}, tasks):
-            plot.learning_curves(drawn, folder / f"{number.lower()}_{picture}.png")
+def decisions_table(results):
+    lines = []
+    for label in COMPARED:
+        seconds = [f"{mean(results.numbers(label, task, 'seconds') or [0]):,.0f}" for task in TASKS]
+        lines.append([label, *results.cells(label, "to_90", 0), ", ".join(seconds)])
+    return table(["decisions until 90% success", *TASKS, "seconds"], lines)
 
 
-def main():
-    import real
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("mode", choices=("quick", "full", "real"))
-    parser.add_argument("--only", metavar="NAME", help="one experiment (E1) or one job")
-    parser.add_argument("--report", action="store_true", help="run nothing, write RESULTS.md")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs side by side")
-    shared = ROOT.parent / "shared" / "lm" / "tiny1m"
-    parser.add_argument("--lm", default=str(shared) if shared.exists() else "shibatch/tiny1m",
-                        help="folder or Hub id of E6's LM")
-    real.arguments(parser)
-    given = parser.parse_args()
-    folder = RESULTS / given.mode
-    folder.mkdir(parents=True, exist_ok=True)
-    if given.mode == "real":
-        plan, ask, columns, write = real.jobs(given), real.measure, real.COLUMNS, real.report
-    else:
-        plan, ask, columns = jobs(given.mode, given.lm), measure, COLUMNS
-        write = functools.partial(report, mode=given.mode)
-    chosen = [job for job in plan if given.only in (job["experiment"], job["name"])
-              or (given.only is None and job["experiment"] != "R6")]  # R6: real.py says why
-    if not chosen:
-        raise SystemExit(f"reproduce.py: --only {given.only}: no such experiment or job; "
-                         f"experiments are {', '.join(sorted({job['experiment'] for job in plan}))}"
-                         " (others are measured in the first one's jobs), jobs are named in "
-                         "runs.csv")
-    done = {row["name"]: row for row in read_csv(folder / "runs.csv")}
-    if given.only in done:  # one row again, to compare
-        shutil.rmtree(chosen[0]["run"], ignore_errors=True)
-        _, new, curve = run_job(chosen[0], ask)
-        if curve is None:
-            raise SystemExit(f"reproduce.py: {given.only} could not run: {new}")
-        for column in columns:
-            print(f"{column:20} {done[given.only].get(column, ''):>12} {new.get(column, ''):>12}")
-        return shutil.rmtree(chosen[0]["run"])
-    todo = [job for job in chosen if job["name"] not in done]
-    print(f"{len(chosen)} jobs, {len(chosen) - len(todo)} of them done before")
-    if given.report and not done:
-        raise SystemExit("reproduce.py: nothing to report yet; run without --report first")
-    if todo and not given.report:
-        try:
-            run_all(todo, folder, given.workers, ask, columns)
-        except KeyboardInterrupt:
-            raise SystemExit("reproduce.py: stopped; the same command goes on from here") from None
-    write(folder, plan=plan)
+def returns_table(results):
+    lines = []
+    for label in [*COMPARED, "word, PPO's decisions"]:
+        lines.append([label, *results.cells(label, "return", 3)])
+    equal = [spread(results.equal_returns("ppo", task), 3) for task in TASKS]
+    lines.append(["ppo, after as many decisions as word", *equal])
+    lines.append(["best possible", *(f"{OPTIMUM[task]:.3f}" for task in TASKS)])
+    return table(["discounted return", *TASKS], lines)
+
+
+def unseen_table(results):
+    lines = []
+    for label, name in product(NORMS, UNSEEN_COLUMNS):
+        if label == "word" or name == "all six":
+            cells = []
+            for moment in MOMENTS:
+                cells += results.cells(label, f"{name}, {moment}", tasks=[TRAINED])
+            lines.append([f"{label}, {name}", *cells])
+    return table(["success", *MOMENTS], lines)
+
+
+def prompts_table(results):
+    lines = []
+    for name, untrained in zip([*PROMPTS, "random"], [*UNTRAINED, "random"], strict=True):
+        label = "word" if name == "as it is" else name
+        trained = "<br>".join(results.cells(label, "to_90", 0, SHORT))
+        lines.append([name, *results.cells(untrained, "success", 3), trained])
+    return table(["untrained success", *TASKS, "decisions until 90%"], lines)
+
+
+def departures_table(results):
+    columns = {"to_90": 0, "success": 2, "return": 3, "perplexity_change": 1, "seconds": 0}
+    lines = []
+    for label in "word", *DEPARTURES:
+        line = [label]
+        for column, digits in columns.items():
+            line.append("<br>".join(results.cells(label, column, digits, SHORT)))
+        lines.append(line)
+    header = "put back", "decisions until 90%", "success", "return", "perplexity, %", "seconds"
+    return table(header, lines)
+
+
+def draw_bars(path, ylabel, title, groups, labels, numbers):
+    values = {}
+    for group, label in product(groups, labels):
+        values.setdefault(group, {})[label] = numbers(group, label)
+    plot.bars(values, path, ylabel, title)
+
+
+def draw(results, out):
+    """The four figures."""
+    panels = {}
+    for (label, task), curves in results.curves.items():
+        if curves and label in COMPARED[:5]:
+            lines = [list(curve.values()) for curve in curves.values()]
+            panels.setdefault(task, {})[label] = lines
+    plot.learning_curves(panels, out / "e1_curves.png")
+    ask = results.numbers
+    draw_bars(
+        out / "e2_unseen.png",
+        "success",
+        f"along the way of the training on {TRAINED}",
+        UNSEEN,
+        MOMENTS,
+        lambda task, moment: ask("word", TRAINED, f"{task}, {moment}"),
+    )
+    draw_bars(
+        out / "e3_language.png",
+        "%",
+        "change of perplexity",
+        TASKS,
+        [*NORMS, "no rehearsal"],
+        lambda task, label: ask(label, task, "perplexity_change"),
+    )
+    draw_bars(
+        out / "e4_prompts.png",
+        "success",
+        "untrained, by prompt",
+        PROMPTS,
+        SHORT,
+        lambda name, task: ask(f"untrained, {name}", task, "success"),
+    )
+
+
+def report(out, model, n_left):
+    results = Results(out)
+    rows = sum(results.rows.values(), [])
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    text = out / "text.md"
+    sections = [
+        f"# Results with {Path(model).name}",
+        f"{len(rows)} jobs of reproduce.py, with the code of {commits}; {n_left} jobs are left.",
+        text.read_text().strip() if text.exists() else "",
+        "## What was aimed at",
+        targets_table(results, model),
+        "## E1 sample efficiency",
+        decisions_table(results),
+        returns_table(results),
+        "![learning curves](e1_curves.png)",
+        "## E2 unseen tasks",
+        unseen_table(results),
+        "![unseen tasks](e2_unseen.png)",
+        "## E3 language",
+        "![language](e3_language.png)",
+        "## E4 prompts",
+        prompts_table(results),
+        "![prompts](e4_prompts.png)",
+        "## E5 departures from the paper's code",
+        departures_table(results),
+    ]
+    (out / "RESULTS.md").write_text("\n\n".join(filter(None, sections)) + "\n")
+    draw(results, out)
+    print(f"wrote {out / 'RESULTS.md'}")
+
+
+# === The command line =============================================================================
+def git(*args):
+    """What git says about the code."""
+    command = ["git", *args, "--", "*.py", "pocket_lm"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def current_commit():
+    """The last commit of the code, and a + if the code has changed since."""
+    return git("log", "-1", "--format=%h") + "+" * bool(git("status", "--porcelain"))
+
+
+def parse(argv):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("mode", choices=("quick", "full"))
+    add("--model", default="pocket_lm", help="pocket_lm, a folder or a Hub id")
+    add("--only", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
+    add("--seeds", nargs="+", type=int, help="in place of 41 to 45")
+    add("--steps", type=int, default=10**9, help="decisions of each training, for a trial")
+    add("--out", type=Path, help="the folder of the results")
+    add("--report", action="store_true")
+    add("--wikitext", type=Path, help="WikiText-2's test text, for a real LM")
+    add("--blimp", type=Path, help="BLiMP's files, a folder or a zip, for a real LM")
+    given = parser.parse_args(argv)
+    given.model = twosome.make_settings(model=given.model).model
+    name = Path(given.model).name.split("-")[0].lower()
+    given.out = (given.out or ROOT / "experiments" / "results" / name).resolve()
+    return given
+
+
+def main(argv):
+    given = parse(argv)
+    jobs = make_jobs(given)
+    there = {row["name"] for row in read_csv(given.out / "runs.csv")}
+    left = [job for job in jobs if job.name() not in there]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(left)} of them done before")
+    if left and not given.report:
+        data = given.wikitext, given.blimp
+        has_data = given.model == "pocket_lm" or all(data)
+        twosome.require(has_data, "a real LM needs --wikitext and --blimp")
+        run_all(left, given.out, data)
+        left = []
+    report(given.out, given.model, len(left))
 
 
 if __name__ == "__main__":
-    for variable, value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
-        os.environ[variable] = value  # for the workers, which import torch after this
-    main()
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError, KeyboardInterrupt, BrokenExecutor) as error:
+        reason = " ".join(str(error).split()) or "stopped; the same command goes on"
+        sys.exit(f"\nreproduce.py: {reason}")
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()

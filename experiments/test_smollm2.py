@@ -1,4 +1,4 @@
-"""A real LLM, SmolLM2-135M-Instruct, where `python experiments/get_smollm2.py` was run."""
+"""A real LM, SmolLM2-135M-Instruct, where `python experiments/get_smollm2.py` was run."""
 
 import csv
 import os
@@ -13,26 +13,23 @@ sys.path.insert(0, str(ROOT))
 import twosome  # noqa: E402
 
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
-
-
-pytestmark = pytest.mark.skipif(not FOLDER.exists(),
-                                reason="no model: python experiments/get_smollm2.py")
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="python experiments/get_smollm2.py")
 
 
 def test_one_update(tmp_path, monkeypatch):
     """Otherwise everything would be shown on an LM only that we made ourselves."""
-    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 1)
-    monkeypatch.setattr(twosome, "EPISODES_PER_ROW", 1)
-    twosome.main(["--model", str(FOLDER), "--steps", "8", "--n-envs", "2", "--rollout-steps", "4",
-                  "--epochs", "1", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(twosome, "EVALUATION_GAMES", 1)
+    sizes = {"steps": 8, "n_envs": 2, "rollout_steps": 4, "epochs": 1, "test_games": 1}
+    flags = [f"--{name}={value}" for name, value in sizes.items()]
+    twosome.main([*flags, f"--model={FOLDER}", f"--out={tmp_path / 'run'}"])
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert 0 < float(row["entropy"]) < 1.7 and float(row["approx_kl"]) < 0.02
+    assert 0 < float(row["entropy"]) < 1.7
+    assert float(row["approx_kl"]) < 0.02
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_packs(dtype):
-    """Otherwise a real LLM would be scored the slow way, with one line that nobody reads."""
-    model, tokenizer = twosome.load_lm(str(FOLDER), "cpu", dtype)
-    prompt, actions = twosome.make_episode(twosome.Args()).state()
-    assert twosome.may_pack(model, [twosome.encode(tokenizer, prompt, actions)])
+def test_tree(dtype):
+    """Otherwise a real LM would be scored the slow way, with one line that nobody reads."""
+    model, _ = twosome.load_lm(str(FOLDER), dtype=dtype)
+    assert isinstance(twosome.choose_scorer(model), twosome.TreeScorer)

@@ -3,7 +3,8 @@
     python experiments/wording.py MODEL [MODEL ...] --out experiments/results/wording.csv
 
 For each wording the untrained LM plays the four tasks. Nothing is sampled: exact.py computes the
-success. A row of the file is one LM, wording and task, with one column for each normalisation.
+success. A row of the file is one LM, wording and task, with one column for each normalisation. The
+cells are empty where a state is too long for the LM.
 
 The rule, written down before any wording was measured with this script:
 - A wording's score is the geometric mean, over the four tasks, of its success divided by that of
@@ -11,17 +12,18 @@ The rule, written down before any wording was measured with this script:
 - Wordings within 10% of the best score are equal. Among them, the best score with tiny1m decides.
 """
 
-import argparse
 import csv
+import math
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import exact  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import twosome  # noqa: E402
+from experiments import exact  # noqa: E402
 
 TASKS = {
     "tomato-salad": "overcooked",
@@ -54,11 +56,97 @@ WORDINGS = [
 ]
 
 
-class Worded(twosome.Episode):
-    """An episode whose prompts are joined by other words."""
-
-    wording = WORDINGS[0]
+class Unworded(twosome.TextEnv):
+    """Shows the observation without the words that make a prompt of it."""
 
     def state(self):
-        phrases = tuple(self.info["actions"].values())
-        return f"{self.obs} {self.wording.format(goal=self.env.goal)}", phrases
+        return self.obs, tuple(self.info["actions"].values())
+
+
+class World:
+    """A task: all its states, and the success of a policy in them."""
+
+    def __init__(self, task):
+        settings = twosome.make_settings(env=TASKS[task], task=task)
+        env = Unworded(twosome.ENVS[settings.env](task, settings.gamma), settings.gamma)
+        self.goal = env.env.goal
+        self.limit = exact.time_limit(settings)
+        self.seen, self.edges = exact.reachable(env)
+        self.states = sorted(set(self.seen))
+        self.random = self.success({state: torch.zeros(len(state[1])) for state in self.states})
+
+    def success(self, scores):
+        """The exact success of the softmax of each state's scores."""
+        policies = [scores[state].double().softmax(0) for state in self.seen]
+        reward = self.edges["success"]
+        return exact.expected(self.edges, torch.cat(policies), reward, 1.0, self.limit)
+
+
+@torch.no_grad()
+def untrained_success(lm, world, wording):
+    """The success with each normalisation, or None for each where a state is too long."""
+    model, tokenizer, score = lm
+    words = wording.format(goal=world.goal)
+    scores = {norm: {} for norm in NORMS}
+    for states in twosome.chunks(world.states, 8):
+        try:
+            encoded = [twosome.encode(tokenizer, f"{obs} {words}", p) for obs, p in states]
+        except twosome.UserError as error:
+            print(f"{wording}: {error}", file=sys.stderr)
+            return [None] * len(NORMS)
+        # The joint log-probabilities serve all three normalisations.
+        for state, pair, joint in zip(states, encoded, score(model, encoded), strict=True):
+            n_tokens = twosome.lengths(pair[1])
+            n_words = twosome.lengths(phrase.split() for phrase in state[1])
+            for norm in NORMS:
+                scores[norm][state] = twosome.normalize(joint, n_tokens, n_words, norm)
+    return [world.success(scores[norm]) for norm in NORMS]
+
+
+def geometric_mean(numbers):
+    """Of None, too, there is none."""
+    return None if None in numbers else math.prod(numbers) ** (1 / len(numbers))
+
+
+def load(name):
+    model, tokenizer = twosome.load_lm(name)
+    return model, tokenizer, twosome.choose_scorer(model)
+
+
+def measure(name, lm, worlds, write_row):
+    """Measure an LM, and print each wording's score."""
+    scores = {}
+    for wording in tqdm(WORDINGS, unit="wording", disable=None):
+        ratios = []
+        for task, world in worlds.items():
+            cells = untrained_success(lm, world, wording)
+            write_row([Path(name).name, wording, task, *cells])
+            by_word = cells[0]
+            ratios.append(None if by_word is None else by_word / world.random)
+        scores[wording] = geometric_mean(ratios)
+    print(f"{name}: success over random choice, geometric mean of {len(worlds)} tasks")
+    for wording, score in sorted(scores.items(), key=lambda pair: -(pair[1] or 0)):
+        print(f"  {'none' if score is None else f'{score:.3f}':>6}  {wording}")
+
+
+def main(argv=()):
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new csv file")
+    given = parser.parse_args(argv)
+    try:
+        lms = {name: load(name) for name in given.models}
+        with open(given.out, "x", newline="", buffering=1) as file:  # A row is written at once.
+            writer = csv.writer(file)
+            writer.writerow(["LM", "wording", "task", *NORMS])
+            worlds = {task: World(task) for task in TASKS}
+            for name, lm in lms.items():
+                measure(name, lm, worlds, writer.writerow)
+    except (twosome.UserError, OSError) as error:
+        sys.exit(f"wording.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
