@@ -50,7 +50,7 @@ from virtualhome_text import ROOMS, VirtualHomeText
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent
-twosome.EVALUATION_GAMES = 2  # small runs
+twosome.EVALUATION_EPISODES = 2  # small runs
 # For the libraries' own authors; peft about GPT-2's transposed matrices.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out")
 
@@ -63,7 +63,7 @@ PLANS = {
 }
 TASKS = dict.fromkeys(OvercookedText.TASKS, "overcooked")
 TASKS |= dict.fromkeys(VirtualHomeText.TASKS, "virtualhome")
-TINY_RUN = ["--n_envs=2", "--rollout_steps=6", "--steps=36", "--test_games=2", "--device=cpu"]
+TINY_RUN = ["--n_envs=2", "--rollout_steps=6", "--steps=36", "--test_episodes=2", "--device=cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -503,9 +503,6 @@ class Guesser(nn.Module):
     def value(self, states):
         return torch.ones(len(states))
 
-    def average(self, tensor):
-        return tensor
-
     def learn(self, rollout, settings, rng):
         actor, critic = self.optimizer.param_groups
         return {"actor": actor["lr"], "critic": critic["lr"]}
@@ -514,7 +511,7 @@ class Guesser(nn.Module):
 class Notebook:
     """A stub of a run, which keeps nothing but the log."""
 
-    rank, n_processes, decisions, before = 0, 1, 0, None
+    decisions, before = 0, None
 
     def __init__(self):
         self.rows, self.purposes = [], []
@@ -588,7 +585,7 @@ def test_a_rollout_without_reward_is_thrown_away():
     """Otherwise the critic's errors would pass for advantages, and wear down the prior that is to
     lead to a reward; or a hopeless run would never end, or play the same again and again."""
     agent, run = Guesser(), Notebook()
-    settings = small(rollout_steps=4, steps=24, test_games=1)
+    settings = small(rollout_steps=4, steps=24, test_episodes=1)
 
     class Late(Toy):
         """It earns nothing in the first three rollouts."""
@@ -609,7 +606,7 @@ def test_a_rollout_without_reward_is_thrown_away():
 def test_learning_rates_fall_to_zero():
     """Otherwise the policy would not settle at the end, or a resumed run begin with large steps."""
     run = Notebook()
-    settings = small(rollout_steps=4, steps=32, test_games=1, policy_lr=4.0, value_lr=8.0)
+    settings = small(rollout_steps=4, steps=32, test_episodes=1, policy_lr=4.0, value_lr=8.0)
     twosome.train(Guesser(), toy_env, settings, run)
     assert [(row["actor"], row["critic"]) for row in run.rows] == [(4, 8), (3, 6), (2, 4), (1, 2)]
 
@@ -743,9 +740,9 @@ def test_the_method_stands_alone():
     code = compile(text, "sections 1 to 7", "exec")
     alone = {"__name__": "alone"}
     exec(code, alone)
-    alone["EVALUATION_GAMES"] = 1
+    alone["EVALUATION_EPISODES"] = 1
     assert line and global_names(code) <= alone.keys() | vars(builtins).keys()
-    flags = {"rollout_steps": 8, "n_envs": 3, "steps": 72, "test_games": 1}
+    flags = {"rollout_steps": 8, "n_envs": 3, "steps": 72, "test_episodes": 1}
     flags |= {"rehearsal_coef": 0, "device": "cpu"}
     torch.manual_seed(1)
     model = alone["add_lora"](AutoModelForCausalLM.from_pretrained(ROOT / "pocket_lm"))
@@ -822,7 +819,7 @@ BAD_MODELS = {  # what is wrong: (options of save_lm, a word of the message)
     "a weight is no number": ({"weights": {NORM: math.nan}}, "NaN"),
     "an encoder": ({"family": "bert"}, "no causal LM"),
     "tokens across words": ({"style": "across words"}, "merges the end of the prompt"),
-    "a short context": ({"max_position_embeddings": 16}, "16 at most"),
+    "a short context": ({"max_position_embeddings": 16}, "the LM reads 16"),
 }
 
 
@@ -1062,7 +1059,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import twosome
 
-twosome.EVALUATION_GAMES = 2
+twosome.EVALUATION_EPISODES = 2
 agent = twosome.main(sys.argv[2:])
 twosome.torch.save(twosome.trainable(agent), f"weights{twosome.RANK}.pt")
 if twosome.RANK == 1:
@@ -1094,7 +1091,7 @@ def test_two_processes_stay_equal():
 def toy(monkeypatch):
     """Flags for short runs with stubs instead of an LM."""
     monkeypatch.setitem(twosome.ENVS, "toy", Toy)
-    return ["--env=toy", "--n_envs=2", "--rollout_steps=4", "--test_games=1"]
+    return ["--env=toy", "--n_envs=2", "--rollout_steps=4", "--test_episodes=1"]
 
 
 def refuse(settings):
@@ -1103,7 +1100,7 @@ def refuse(settings):
 
 
 BAD_SETTINGS = ["n_envs 0", "epochs 0", "minibatches 0", "max_prompts 0", "rollout_steps 0"]
-BAD_SETTINGS += ["steps -1", "test_games -1", "max_grad_norm -1", "gamma 2", "gae_lambda 1.1"]
+BAD_SETTINGS += ["steps -1", "test_episodes -1", "max_grad_norm -1", "gamma 2", "gae_lambda 1.1"]
 BAD_SETTINGS += ["minibatches 257", "policy_lr nan", "value_lr inf", "env kitchen", "task soup"]
 BAD_SETTINGS += ["norm words", "dtype float6", "device gpu", "model nobody/nothing"]
 BAD_SETTINGS += ["out /dev/null", "out /dev/null/run"]
@@ -1161,12 +1158,12 @@ def test_a_failed_start_leaves_no_folder(toy):
 
 def test_the_wrong_folder_is_said(finished):
     """Otherwise a newcomer would not know which of the many folders a flag is about."""
-    assert "which is a run; use --evaluate or --resume" in fails("--model", finished)
-    assert "which is an adapter" in fails("--model", finished / "adapter")
-    assert "which is no folder here" in fails("--model", "nowhere/at/all")
+    for folder in (finished, finished / "adapter", "nowhere/at/all"):
+        line = fails("--model", folder)
+        assert str(folder) in line and "--evaluate and --resume take the folder of a run" in line
     for mode in ("--evaluate", "--resume"):
-        assert "no folder of a run" in fails(mode, ROOT / "pocket_lm")
-        assert "missing, which is no folder here" in fails(mode, "missing")
+        for folder in (ROOT / "pocket_lm", "missing"):
+            assert f"{folder} is not the folder of a run" in fails(mode, folder)
 
 
 def test_a_model_is_found_from_any_folder(monkeypatch):

@@ -1,34 +1,44 @@
 """TWOSOME in one file: a language model learns to act, by practice.
 
 A language model knows what people usually do, but not what works here. TWOSOME (Tan et al., ICLR
-2024, arXiv 2401.14151) offers it the possible actions as endings of one sentence. The joint
-probability of each ending, normalised by its words, becomes after a softmax the policy. PPO then
-makes the actions likelier that turned out well. It trains a small adapter (LoRA) and a small value
-network. The LM itself stays frozen.
+2024, arXiv 2401.14151) offers it the possible actions as endings of one sentence. The policy is a
+softmax over the probabilities that the LM gives to these endings. PPO makes the actions likelier
+that turned out well, by training a small adapter (LoRA). A small network learns how good a state
+is. The LM itself stays frozen.
 
-    python twosome.py --env overcooked        # half a minute on a CPU core; --help lists all flags
+    python twosome.py            # half a minute on a CPU core; success rises from about 0.7 to 1.0
+    python twosome.py --help     # all settings
 
-One decision with pocket_lm, from an observation to a loss:
+One decision of pocket_lm, the tiny LM that comes along, from an observation to a loss:
 
     observation  You are at the table. You hold the raw tomato.
     prompt       ... The first step to serve a salad of chopped tomato in a bowl is to
-    an action    put the raw tomato on the cutting board        (one of five that are offered)
-    tokens       put 0.58, the 1.00, raw 0.99, to 1.00, m 1.00, ato 1.00, on 1.00, the 1.00, ...
-    log P        the sum of their logs, -1.20; divided by 8 words -0.15
-    policy       softmax over the five actions: 0.31
+    an action    put the raw tomato on the cutting board        (one of the five that are offered)
+    its tokens   put 0.58, the 1.00, raw 0.99, to-m-ato 1.00, on 1.00, the 1.00, cutting 0.52,
+                 board 1.00: how probable the LM finds each after the words before it
+    log P        the sum of their logs is -1.20; divided by 8, the number of words, -0.15
+    policy       exp(-0.15) = 0.86, divided by the sum over the five actions: 0.31
     advantage    +0.5, if what followed was worth 0.5 more than the critic had expected
-    loss         -(0.31 / 0.31) * 0.5; its gradient makes this action likelier, until the ratio of
-                 the new to the old probability reaches 1.2
+    loss         -ratio * 0.5, where ratio is the new probability over the old one, at first 1
+
+The gradient of this loss makes the action likelier, until the ratio reaches 1.2 or the policy has
+moved far in other states.
 
 Sections 2 to 7 are the method, and section 7 is the training loop, which you see whole. The rest
 is not needed to understand it: 8 keeps the LM's language, 9 computes the same numbers faster, 10
-loads an LM, 11 is for several processes, 12 and 13 keep a run and read the command line.
+loads an LM and puts the parts together, 11 to 13 are for several processes, a run's folder and the
+command line. "Untrained" is the LM as it comes, before any of this training.
 
-Where we leave the paper's code, a comment says so. What matters: LoRA is in other layers (section
-4), a time limit is no end (5), a rollout without reward is thrown away (7), the LM rehearses its
-language (8), and the settings are ours (1). What is convenient (6): actor and critic share their
-minibatches, the value loss is not clipped, and the advantages are divided by their standard
-deviation + 1.
+Where we leave the paper's code (its settings stand beside ours in section 1):
+
+    section 2  The words that join observation and goal are ours.
+    section 4  LoRA is in all linear layers of the last blocks, not in queries and values of all.
+    section 4  The critic begins as V = 0, not at random.
+    section 5  A time limit is no end.
+    section 6  Advantages are divided by their standard deviation + 1.
+    section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
+    section 7  A rollout without any reward is thrown away.
+    section 8  The LM rehearses its language.
 """
 
 import csv
@@ -66,52 +76,63 @@ from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
 
 
-# === 1. Settings: one set serves every LM and task that we tried. =================================
+# === 1. Settings: the same values serve every LM and every task that we tried. ====================
 @dataclass
 class Settings:
-    """Each line is a flag of the command line, and its comment is what --help says about it."""
+    """Each line is a flag of the command line, such as --n_envs 8."""
 
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
-    task: str | None = None  # a task of the environment, else its first one
-    steps: int | None = None  # decisions to learn from, else the task's; paper: 50,000 to 500,000
-    gamma: float | None = None  # discount of a primitive step, else the environment's, as the paper
+    task: str | None = None  # default: the first task of the environment
+    steps: int | None = None  # decisions to learn from; default: the task's; paper: from 50,000
+    gamma: float | None = None  # discount of a primitive step; default: 0.99 or 0.95, as the paper
     # The LM and the policy
-    model: str = "pocket_lm"  # ours, or a folder or Hub id; paper: LLaMA-7B
-    norm: str = "word"  # what divides log P: word, token or none; the paper prefers word
-    device: str = "auto"  # cpu, cuda or mps; auto is cuda if there is one, else cpu
-    dtype: str = "float32"  # of the frozen LM: float32 or bfloat16; paper: float16
-    max_prompts: int = 8  # states that go through the LM together, for its memory; paper: 4
+    model: str = "pocket_lm"  # the LM that comes along, or a folder or Hub id; paper: LLaMA-7B
+    norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
+    device: str = "auto"  # cpu, cuda, mps, or auto: cuda if there is one, else cpu
+    dtype: str = "float32"  # of the frozen LM: float32, bfloat16 or float16; paper: float16
+    max_prompts: int = 8  # states in one forward pass; lower it if memory runs out; paper: 4
     # Playing
     n_envs: int = 4  # environments that each process plays at a time; paper: 4
-    rollout_steps: int = 64  # decisions in each environment between updates; paper: 32
+    rollout_steps: int = 64  # decisions in each environment between two updates; paper: 32
     gae_lambda: float = 0.95  # trades bias against variance of the advantage; paper: 0.95
     # PPO
-    epochs: int = 2  # passes over a rollout, where more forget more language; paper: 1
-    minibatches: int = 2  # gradient steps in an epoch, where more take longer; paper: 4
-    policy_lr: float = 2e-3  # learning rate of LoRA, large as target_kl bounds it; paper: 5e-7
+    epochs: int = 2  # passes over a rollout; more make the LM forget more language; paper: 1
+    minibatches: int = 2  # gradient steps in each epoch; more are slower; paper: 4
+    policy_lr: float = 2e-3  # learning rate of LoRA; a small LM takes large steps; paper: 5e-7
     value_lr: float = 1e-3  # learning rate of the critic; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range; paper: 0.2
-    ent_coef: float = 0.0  # entropy bonus, which kept policies from settling; paper: 0.01
+    ent_coef: float = 0.0  # entropy bonus; a bonus keeps policies random at the end; paper: 0.01
     target_kl: float = 0.02  # an update stops beyond this KL divergence; paper: 0.02
     max_grad_norm: float = 0.5  # gradients are clipped to this norm; paper: 0.5
     rehearsal_coef: float = 0.1  # weight of the loss that keeps the LM's language; paper: none
     # The run
     seed: int = 1  # of everything random: LoRA, critic, sampled actions, minibatches
-    out: str | None = None  # the run's folder, else a new one in runs/
-    test_games: int = 32  # episodes after each update, only for the log; they take 1/4 of the time
+    out: str | None = None  # the run's folder; default: a new one in runs/
+    test_episodes: int = 32  # played after each update, only for the log
 
 
-EVALUATION_GAMES = 100  # episodes before training, and after it
-LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all
-CACHE_SIZE = 100_000  # a cache with so many entries is emptied
+EVALUATION_EPISODES = 100  # before training, and after it
+LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all. Its rank is in section 4.
+CACHE_SIZE = 100_000  # entries at which a cache is emptied
+# torchrun (section 11) starts several processes and tells each its rank; one alone has rank 0.
+RANK = int(os.environ.get("RANK", 0))
+N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 # Shapes in the comments: B states with K actions each; L tokens; D hidden units; T decisions in
 # each of N environments, n = T * N in all. pi(a | s) is the policy, V(s) a value, A an advantage.
 
 
+def average(tensor):
+    """Replace the tensor by its mean over the processes, and return it."""
+    if N_PROCESSES > 1:
+        dist.all_reduce(tensor)
+        tensor /= N_PROCESSES
+    return tensor
+
+
 class UserError(ValueError):
-    """A mistake that the user can mend. It is told in one line, where a bug shows its traceback."""
+    """A mistake of the user, which is reported in one line. A bug shows its traceback."""
 
 
 def require(condition, message):
@@ -136,14 +157,15 @@ def trainable(module):
 def build_prompt(obs, goal):
     """Return the prompt, an unfinished sentence; a space and a phrase finish it.
 
-    The environments word `obs` and the phrases by the paper's four principles:
+    The environments write `obs` and the phrases by the paper's four principles:
     1. Cohesive: "... The first step to make a soup is to" + " chop the tomato" is fluent.
     2. Articles: "pick up the tomato", as people write, not "pick up tomato".
-    3. Preferred words: the phrases' words are the observation's: "a bowl" is never "the plate".
+    3. Preferred words: if the observation says bowl, no phrase says plate.
     4. Alternative actions: one action is worded by the situation. With empty hands it is "walk to
        the cutting board", with full hands "put the raw tomato on the cutting board".
 
-    The joining words are those of twenty with which an untrained LM does best (experiments/).
+    We tried twenty ways to join the two; an untrained LM does best with "The first step to ... is
+    to" (experiments/wording.py).
     >>> build_prompt("You hold the raw tomato.", "make a soup")
     'You hold the raw tomato. The first step to make a soup is to'
     """
@@ -153,8 +175,11 @@ def build_prompt(obs, goal):
 class TextEnv:
     """Wraps an environment, so that the agent sees a prompt and phrases instead of an observation.
 
-    `env` has a goal (text) and Gymnasium's reset and step. Its info has "actions", which maps each
-    offered action to its phrase, "primitive_steps" and "success"."""
+    `env` has Gymnasium's reset and step, and a goal (text). Its info has
+    - "actions": a dict that maps each action that is offered now to its phrase,
+    - "primitive_steps": how many primitive steps the latest action took,
+    - "success": whether the goal is reached.
+    For --resume it has get_state and set_state, and for its settings TASKS, GAMMA and STEPS."""
 
     def __init__(self, env, gamma):
         self.env = env
@@ -174,11 +199,12 @@ class TextEnv:
         return build_prompt(self.obs, self.env.goal), phrases
 
     def step(self, choice):
-        """Take one of the offered actions, by its place. Returns its reward, and the discount of
-        what follows: 0 at the goal, where the episode terminates.
+        """Take the offered action with index `choice`. Returns reward, discount: that of what
+        follows, which is 0 if the goal is reached, and gamma^k if not, also at the time limit.
 
-        An action may be a macro-action, an errand of k primitive steps. The environment discounts
-        the rewards within it. What follows comes k primitive steps later and counts gamma^k."""
+        An action may be a macro-action ("put the tomato on the board"), which takes k primitive
+        steps (walk, walk, put). The environment discounts the rewards within it. What follows
+        comes k primitive steps later, and therefore counts gamma^k."""
         action = list(self.info["actions"])[choice]
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
         require(math.isfinite(reward), f"the environment gave the reward {reward}")
@@ -186,6 +212,8 @@ class TextEnv:
         self.discounted_return += self.gamma**self.length * reward
         self.length += k
         self.done = terminated or truncated
+        # At the time limit the episode is done, but V(s') stands for what would follow, because no
+        # prompt shows a clock. The paper's code treats it as an end, after which nothing is earned.
         discount = 0.0 if terminated else self.gamma**k
         return reward, discount
 
@@ -197,18 +225,17 @@ def encode(tokenizer, prompt, phrases):
 
     Both are tokenised as one text, because that is how an LM has read text in training: most
     tokenizers put the space between two words into the second word's token. Each token has offsets,
-    the places of its first and last character, and these tell which tokens are the action's. In
-    "to chop" they are (0, 2) and (2, 7)."""
+    its start and end in the text. In "to chop" they are (0, 2) and (2, 7). The tokens that start
+    where the prompt ends, or later, are the action's."""
     distinct = set(map(str.strip, phrases)) - {""}
-    fine = len(distinct) == len(phrases) > 0
-    require(fine, f"the environment offers no action, or blank or equal phrases: {phrases}")
-    end = len(prompt)
+    all_differ = len(distinct) == len(phrases)
+    require(phrases and all_differ, f"the environment offers no, blank or equal phrases: {phrases}")
+    end, longest = len(prompt), tokenizer.model_max_length
     prompts, action_ids = [], []
     for phrase in phrases:
         text = tokenizer(f"{prompt} {phrase}", return_offsets_mapping=True)
         ids, offsets = text["input_ids"], text["offset_mapping"]
-        longest = tokenizer.model_max_length
-        require(len(ids) <= longest, f"{len(ids)} tokens, where this LM reads {longest} at most")
+        require(len(ids) <= longest, f"a prompt has {len(ids)} tokens, the LM reads {longest}")
         # A special token, such as an end of text, has the offsets (0, 0).
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
         # The space may belong to either side, but no token may hold letters of both.
@@ -228,14 +255,14 @@ def plain_log_probs(model, encoded):
 
         log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1}),  w_i: the tokens of a      (Eq. 1)
 
-    `encoded` has B pairs from `encode`. Returns B float32 tensors (K,), with gradients. There is no
-    factor for the end of the text: what follows the action does not matter. By default section 9
-    computes these numbers, in another way."""
+    (Eq. numbers are the paper's.) `encoded` has B pairs from `encode`. Returns B float32 tensors
+    (K,), with gradients. There is no factor for the end of the text: what follows the action does
+    not matter. For most LMs make_agent chooses a faster way to the same numbers (section 9)."""
     joint = []
     for prompt_ids, action_ids in encoded:
         rows = [torch.tensor(prompt_ids + ids) for ids in action_ids]
         targets = [torch.tensor(ids) for ids in action_ids]
-        # Rows are padded at their end, where no token of a causal LM looks.
+        # Padding at the end of a row is harmless, because a causal LM never looks ahead.
         rows = pad_sequence(rows, batch_first=True).to(model.device)  # (K, L)
         # Targets are padded with -100, which cross_entropy leaves out.
         targets = pad_sequence(targets, batch_first=True, padding_value=-100).to(model.device)
@@ -250,8 +277,8 @@ def plain_log_probs(model, encoded):
 def normalize(log_probs, n_tokens, n_words, norm):
     """Make actions of different lengths comparable; the policy is the softmax of the result.
 
-    A product of more factors is smaller. Dividing its log by n takes the n-th root: the geometric
-    mean over the action's tokens (Eq. 3) or words (Eq. 4).
+    A longer phrase has more factors below 1, and so a smaller product. Dividing its log by n takes
+    the n-th root: the geometric mean over the action's tokens (Eq. 3) or words (Eq. 4).
 
                                                              the policy by norm
         phrase, cut into tokens  P of its tokens             none   token  word
@@ -259,8 +286,9 @@ def normalize(log_probs, n_tokens, n_words, norm):
         chop the egg             0.1  0.8  0.1               0.365  0.370  0.544
         chop the aub erg ine     0.1  0.8  0.05  0.99  0.99  0.179  0.611  0.429
 
-    "none" favours the shortest phrase, which is the least probable word here. "token" favours long
-    words, because the end of a word is nearly sure once it has begun. "word" does neither.
+    "none" favours the shortest phrase, though its only word is improbable. "token" favours long
+    words, because the end of a word is nearly sure once it has begun. "word" does neither. (Any
+    division makes the policy more random: a log P of -5 becomes -1.)
 
     >>> log_probs = torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()
     >>> n_tokens, n_words = torch.tensor([1, 3, 5]), torch.tensor([1, 3, 3])
@@ -289,12 +317,14 @@ def add_lora(model):
 
     A is (8, in) and random, B is (out, 8) and 0, so that training starts from the LM's own policy.
     The paper adapts the queries and values of all blocks. We adapt all linear layers of the last
-    ten blocks, and so the hidden states below them never change and can be cached (section 9)."""
+    ten blocks (of all, where there are fewer), because the hidden states of the blocks below then
+    never change and can be cached (section 9)."""
     adapted = set(decoder_blocks(model)[-LORA_BLOCKS:].modules())
     names = []
     for name, module in model.named_modules():
         is_linear = isinstance(module, (nn.Linear, Conv1D))  # GPT-2's linear layers are Conv1D.
-        # Routers choose the experts of a mixture. Mamba reads its out_proj past LoRA.
+        # A router chooses the experts of a mixture. Mamba uses the matrix of its out_proj
+        # directly, which would bypass LoRA.
         skipped = name.endswith(("gate", "router", "mixer.out_proj"))
         if is_linear and module in adapted and not skipped:
             names.append(name)
@@ -305,7 +335,7 @@ def add_lora(model):
         target_modules=names,
         task_type="CAUSAL_LM",
     )
-    # eval() turns the LM's dropout off: a gradient step must see the policy that has played.
+    # eval() turns dropout off: a gradient step must see the policy that collected the rollout.
     return get_peft_model(model, config).eval()
 
 
@@ -326,30 +356,24 @@ def make_critic(n_inputs):
 
 class Agent(nn.Module):
     """pi(a | s) and V(s), the expected discounted return. A state s is a pair: the prompt, and a
-    tuple of the offered actions' phrases.
+    tuple of the offered actions' phrases. `score` finds log P of the actions."""
 
-    `score` finds log P of the actions. `average` takes the mean over processes (section 11), which
-    for one process is the tensor itself."""
+    wrapper = TextEnv  # Baselines in experiments/ have another one, and another `learn`.
 
-    wrapper = TextEnv  # the environment wrapper that this agent uses
-
-    def __init__(
-        self, model, tokenizer, settings, score=plain_log_probs, average=lambda tensor: tensor
-    ):
+    def __init__(self, model, tokenizer, settings, score=plain_log_probs):
         super().__init__()
         self.model = model  # the LM with LoRA
         self.tokenizer = tokenizer
         self.score = score
-        self.average = average
         self.settings = settings
-        # The critic is small and stays on the CPU, and so do all policies.
+        # The critic is small and stays on the CPU. Policies are moved to it.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
-        # One optimiser with two learning rates, which the training loop sets. With Adam's usual eps
-        # of 1e-8 tiny gradients would cause full-size steps; paper: 1e-5, too.
+        # One optimiser with two learning rates, which the training loop sets. eps is the paper's:
+        # with the usual 1e-8 even tiny gradients would cause steps of full size.
         groups = [{"params": trainable(part).values()} for part in (self.model, self.critic)]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         self.extra_loss = None  # a function that returns another loss of the actor (section 8)
-        # Two caches. The frozen LM's features never change, the policy does in each update.
+        # Two caches: the frozen LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
 
@@ -369,9 +393,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def cached_log_policy(self, states):
         """The same without gradients, for playing: a state is scored once between two updates."""
-        for cache in (self.policy_cache, self.feature_cache):
-            if len(cache) > CACHE_SIZE:
-                cache.clear()
+        if len(self.policy_cache) > CACHE_SIZE:
+            self.policy_cache.clear()
         # Sorted, so that prompts which begin alike share a chunk (section 9).
         new = sorted(set(states) - self.policy_cache.keys())
         for chunk in chunks(new, self.settings.max_prompts):
@@ -380,8 +403,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def features(self, states):
-        """The critic's inputs (B, D): the last layer's hidden state of the prompt's last token. The
-        adapter is off, so that the inputs do not drift while the policy is trained."""
+        """The critic's inputs (B, D): the hidden state of the prompt's last token after the last
+        block, with the adapter off. So they do not drift during training, and can be cached."""
+        if len(self.feature_cache) > CACHE_SIZE:
+            self.feature_cache.clear()
         for prompt, phrases in states:
             if prompt not in self.feature_cache:
                 prompt_ids, _ = encode(self.tokenizer, prompt, phrases)
@@ -402,45 +427,47 @@ class Agent(nn.Module):
 
 # === 5. Playing: act by the present policy, and judge each decision by what followed. =============
 def sample(log_pi, rng):
-    """A choice, drawn from the policy in one state."""
+    """Draw an action from the policy in one state. Returns its index."""
     return rng.choices(range(len(log_pi)), weights=log_pi.exp().tolist())[0]
 
 
 def gae(reward, discount, value, next_value, done, gae_lambda):
-    """Generalised advantage estimation (Schulman et al., 2016); all are (T, N).
+    """Generalised advantage estimation (Schulman et al., 2016); all but lambda are (T, N).
 
         delta_t = r_t + gamma^(k_t) V(s_{t+1}) - V(s_t)              k_t: primitive steps it took
-        A_t     = delta_t + gamma^(k_t) lambda A_{t+1}, cut where an episode ends
+        A_t     = delta_t + gamma^(k_t) lambda A_{t+1}
 
-    delta tells whether a decision went better than expected. It also gets credit for later
+    delta tells whether a decision went better than expected. A decision also gets credit for later
     surprises, but less so with time (discount: gamma^k) and with each decision between (lambda).
+    done is 1 where the episode ended, at the goal or at the time limit: there A has no later term.
 
-    Example with gamma 0.5 and lambda 1, from the end: the last action (k = 1, V = 0.4) earns 1, so
-    A = 1 - 0.4 = 0.6. The one before (k = 2, V = 0.2): A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6 = 0.05.
-    >>> reward, discount = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.25], [0.5]])
+    Example with lambda 1, from the end: the last action (V = 0.4) earns 1 and reaches the goal, so
+    A = 1 - 0.4 = 0.6. The one before (V = 0.2, k = 2 with gamma 0.5, so that what follows counts
+    0.25) has A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6 = 0.05.
+    >>> reward, discount = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.25], [0.0]])
     >>> value, next_value = torch.tensor([[0.2], [0.4]]), torch.tensor([[0.4], [0.0]])
     >>> gae(reward, discount, value, next_value, torch.tensor([[0.0], [1.0]]), 1.0).T
     tensor([[0.0500, 0.6000]])
     """
     advantage = torch.zeros_like(reward)
-    next_advantage = torch.zeros_like(reward[0])
+    later = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
         delta = reward[t] + discount[t] * next_value[t] - value[t]
-        next_advantage = delta + discount[t] * gae_lambda * (1 - done[t]) * next_advantage
-        advantage[t] = next_advantage
+        later = delta + discount[t] * gae_lambda * (1 - done[t]) * later
+        advantage[t] = later
     return advantage
 
 
 @dataclass
 class Rollout:
-    """n = T * N decisions; those of one moment in the N environments stand together."""
+    """n = T * N decisions, ordered by time and then by environment."""
 
     states: list  # n of them
     choice: torch.Tensor  # (n,) int: which of the offered actions was taken
     log_prob: torch.Tensor  # (n,) log pi_old of that action
     reward: torch.Tensor  # (n,)
     advantage: torch.Tensor  # (n,) how much better than V_old(s) it turned out
-    returns: torch.Tensor  # (n,) what V(s) should have been: V_old + advantage
+    returns: torch.Tensor  # (n,) the critic's target: V_old + advantage
 
 
 def collect(agent, envs, settings, rng):
@@ -451,23 +478,21 @@ def collect(agent, envs, settings, rng):
     choice = torch.zeros(T, N, dtype=torch.long)
     log_prob, reward, discount, done = torch.zeros(4, T, N)
     for t in range(T):
-        now = [env.state() for env in envs]
-        policies = agent.cached_log_policy(now)
+        current = [env.state() for env in envs]
+        states.extend(current)
+        policies = agent.cached_log_policy(current)
         for n, env in enumerate(envs):
-            i = sample(policies[n], rng)
-            choice[t, n] = i
-            log_prob[t, n] = policies[n][i]
-            reward[t, n], discount[t, n] = env.step(i)
+            a = sample(policies[n], rng)
+            choice[t, n] = a
+            log_prob[t, n] = policies[n][a]
+            reward[t, n], discount[t, n] = env.step(a)
             done[t, n] = env.done
             next_states.append(env.state())
             if env.done:
                 env.reset()
-        states.extend(now)
     with torch.no_grad():
         value = agent.value(states).view(T, N)
         next_value = agent.value(next_states).view(T, N)
-    # A time limit is no end: no prompt shows a clock, so V(s') stands for what would follow. The
-    # paper's code treats it as an end, after which nothing is earned.
     advantage = gae(reward, discount, value, next_value, done, settings.gae_lambda)
     return Rollout(
         states=states,
@@ -480,14 +505,19 @@ def collect(agent, envs, settings, rng):
 
 
 # === 6. PPO: make what turned out better than expected likelier, in small steps. ==================
+# What an update logs, in this order, and the value loss:
+METRICS = "policy_loss", "entropy", "approx_kl", "clip_fraction"
+
+
 def policy_loss(log_pi, choice, old_log_prob, advantage, clip_coef, ent_coef):
-    """PPO's loss (Schulman et al., 2017) of m decisions in one state, added up; and its metrics.
+    """PPO's loss (Schulman et al., 2017), added up over m decisions that were taken in one state,
+    which goes through the LM once for all of them. Returns the loss and the METRICS.
 
         r = pi(a | s) / pi_old(a | s)
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
 
-    log_pi is (K,), the others are (m,). At first pi is pi_old and r is 1. Where A > 0 and r is
-    beyond 1 + eps, or A < 0 and r is below 1 - eps, L is constant and pulls no further.
+    log_pi is (K,); choice, old_log_prob and advantage are (m,). At first pi is pi_old and r is 1.
+    Where A > 0 and r > 1 + eps, or A < 0 and r < 1 - eps, L is constant and its gradient is 0.
 
     Example: of two actions with probability 1/2 the first turned out well, A = 0.5. After some
     gradient steps its probability is 0.65, r = 1.3 is beyond 1.2, and the loss stays -1.2 * 0.5.
@@ -516,21 +546,21 @@ def minibatches(n, settings, rng):
             yield order[part :: settings.minibatches]
 
 
-def add_policy_gradient(agent, rollout, advantage, batch, settings):
-    """Backpropagate the policy loss, the mean over a minibatch. Returns its mean metrics (4,)."""
-    decisions = {}  # state -> the decisions in it, so that it goes through the LM only once
+def backward_policy_loss(agent, rollout, advantage, batch, settings):
+    """Add the gradient of the policy loss, the mean over a minibatch. Returns the METRICS (4,)."""
+    decisions = {}  # state -> the indices of the decisions that were taken in it
     for i in batch:
         decisions.setdefault(rollout.states[i], []).append(i)
     metrics = torch.zeros(4)
     for states in chunks(sorted(decisions), settings.max_prompts):
         loss = 0.0
         for state, log_pi in zip(states, agent.log_policy(states), strict=True):
-            i = decisions[state]
+            indices = decisions[state]
             state_loss, state_metrics = policy_loss(
                 log_pi,
-                rollout.choice[i],
-                rollout.log_prob[i],
-                advantage[i],
+                rollout.choice[indices],
+                rollout.log_prob[indices],
+                advantage[indices],
                 settings.clip_coef,
                 settings.ent_coef,
             )
@@ -540,53 +570,54 @@ def add_policy_gradient(agent, rollout, advantage, batch, settings):
     return metrics
 
 
-def take_step(agent, max_grad_norm):
-    """One gradient step of actor and critic, by the mean gradient of all processes."""
-    for group in agent.optimizer.param_groups:
+def take_step(optimizer, max_grad_norm):
+    """One gradient step of actor and critic, with gradients averaged over the processes."""
+    for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is not None:
-                agent.average(p.grad)
-        norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-        require(norm.isfinite(), "a gradient is not finite; lower --policy-lr or --value-lr")
-    agent.optimizer.step()
+            if p.grad is not None:  # It is None where no loss reaches it, in all processes.
+                average(p.grad)
+        grad_norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+        require(grad_norm.isfinite(), "a gradient is not finite; lower --policy_lr or --value_lr")
+    optimizer.step()
 
 
 def update(agent, rollout, settings, rng):
     """Move the actor towards decisions that turned out better than expected, but not far, and the
     critic towards the returns."""
-    # Dividing by the standard deviation alone, as the paper does, would scale a rollout in which
-    # there is only the critic's noise to the size of a success. So we add 1 to it.
+    # The paper divides by the standard deviation. But in a rollout in which nothing happened the
+    # advantages are only the critic's small errors, and dividing would make them as large as those
+    # of a success. So we add 1.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage = advantage / (advantage.std(correction=0) + 1)
-    table = []  # a row of metrics for each minibatch
+    metrics, value_losses = [], []
     for batch in minibatches(len(rollout.states), settings, rng):
         agent.optimizer.zero_grad()
-        policy_metrics = add_policy_gradient(agent, rollout, advantage, batch, settings)
-        value = agent.value([rollout.states[i] for i in batch])
+        metrics.append(average(backward_policy_loss(agent, rollout, advantage, batch, settings)))
+        _, _, kl, _ = metrics[-1]
+        if kl > settings.target_kl:
+            break  # The policy is far enough from the one that collected the rollout.
         # L = mean 1/2 (V - R)^2. The paper clips the change of V, as it clips the ratio.
+        value = agent.value([rollout.states[i] for i in batch])
         value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
         value_loss.backward()
+        value_losses.append(average(value_loss.detach()))
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
-        metrics = agent.average(torch.cat([policy_metrics, value_loss.detach()[None]]))
-        table.append(metrics)
-        _, _, kl, _, _ = metrics
-        if kl > settings.target_kl:
-            break  # pi is far enough from the policy that has played: this step is not taken.
-        take_step(agent, settings.max_grad_norm)
+        take_step(agent.optimizer, settings.max_grad_norm)
     agent.policy_cache.clear()
-    names = "policy_loss", "entropy", "approx_kl", "clip_fraction", "value_loss"
-    log = dict(zip(names, torch.stack(table).mean(0).tolist(), strict=True))
+    log = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
     # 1 - Var(R - V_old) / Var(R): which part of the returns' variance the critic foresaw
     unexplained = rollout.advantage.var() / (rollout.returns.var() + 1e-8)
-    return log | {"explained_variance": 1 - unexplained.item()}
+    log["value_loss"] = torch.stack(value_losses).mean().item()
+    log["explained_variance"] = 1 - unexplained.item()
+    return log
 
 
 # === 7. The training loop: play, judge, learn, log. ===============================================
-def evaluate(agent, new_env, n_games, rng):
+def evaluate(agent, new_env, n_episodes, rng):
     """Play n episodes, all at once so that their states share passes of the LM. Actions are
     sampled, as the policy is a distribution. Returns mean success, return and length."""
-    envs = [new_env() for _ in range(n_games)]
+    envs = [new_env() for _ in range(n_episodes)]
     playing = envs
     while playing:
         policies = agent.cached_log_policy([env.state() for env in playing])
@@ -594,7 +625,7 @@ def evaluate(agent, new_env, n_games, rng):
             env.step(sample(log_pi, rng))
         playing = [env for env in playing if not env.done]
     outcomes = [(env.info["success"], env.discounted_return, env.length) for env in envs]
-    means = agent.average(torch.tensor(outcomes).mean(0)).tolist()
+    means = average(torch.tensor(outcomes).mean(0)).tolist()
     return dict(zip(("success", "return", "length"), means, strict=True))
 
 
@@ -606,46 +637,45 @@ def describe(result):
 
 
 def train(agent, new_env, settings, run):
-    """Play, judge, learn, log. `new_env` makes a wrapped environment. `run` has random numbers for
-    each purpose, counts decisions, and keeps log and checkpoints (section 12)."""
+    """Play, judge, learn, log. `new_env` makes a wrapped environment. `run` keeps log and
+    checkpoints (section 12). It has random numbers for each purpose, the same after a resume."""
     envs = [new_env() for _ in range(settings.n_envs)]
     run.restore(agent, envs)
     if run.before is None:
-        run.before = evaluate(agent, new_env, EVALUATION_GAMES, run.rng("before training"))
+        run.before = evaluate(agent, new_env, EVALUATION_EPISODES, run.rng("before training"))
         run.save(agent, envs)
     print(f"untrained: {describe(run.before)}")
-    decisions_per_update = settings.n_envs * settings.rollout_steps * run.n_processes
+    decisions_per_update = settings.n_envs * settings.rollout_steps * N_PROCESSES
     n_updates = math.ceil(settings.steps / decisions_per_update)
-    n_gradient_steps = n_updates * settings.epochs * settings.minibatches
-    print(
-        f"{n_updates} updates of {decisions_per_update} decisions, "
-        f"at most {n_gradient_steps} gradient steps"
-    )
-    bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=run.rank > 0 or None)
+    most = n_updates * settings.epochs * settings.minibatches
+    print(f"{n_updates} updates of {decisions_per_update} decisions, at most {most} gradient steps")
+    # disable=None shows the bar only in a terminal.
+    bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
     while len(run.rows) < n_updates:
         # Both learning rates fall linearly to 0.
-        left = 1 - len(run.rows) / n_updates
+        remaining = 1 - len(run.rows) / n_updates
         actor, critic = agent.optimizer.param_groups
-        actor["lr"], critic["lr"] = left * settings.policy_lr, left * settings.value_lr
+        actor["lr"] = remaining * settings.policy_lr
+        critic["lr"] = remaining * settings.value_lr
 
         # Play, and judge each decision by what followed.
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, settings, rng)
         run.decisions += decisions_per_update
-        # Without any reward the advantages are only the critic's errors, so we play again. The
-        # paper learns from them. Ours is biased as soon as V > 0, because the critic then misses
-        # failures. In Overcooked it never happens, as every primitive step costs something.
-        if not agent.average(rollout.reward.abs().sum()):
-            earning = run.decisions < 100 * settings.steps
-            require(earning, f"nothing was earned in {run.decisions:,} decisions")
+        # If nothing was earned, all advantages are only errors of the critic: discard the rollout
+        # and play on. The paper's code learns from it. Our way has a cost: the critic sees fewer
+        # failures and becomes too optimistic. In Overcooked every step costs something.
+        if not average(rollout.reward.abs().sum()):
+            patient = run.decisions < 100 * settings.steps
+            require(patient, f"nothing was earned in {run.decisions:,} decisions")
             continue
 
         # Learn: the gradient steps of PPO.
         metrics = agent.learn(rollout, settings, rng)
 
-        # Log success in new episodes. The rollout's own would mislead: the short ones end first.
+        # Log the success of new episodes. In the rollout itself short episodes end more often.
         rng = run.rng(f"update {len(run.rows)}")
-        run.log(evaluate(agent, new_env, settings.test_games, rng) | metrics)
+        run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
     bar.close()
@@ -653,14 +683,15 @@ def train(agent, new_env, settings, run):
 
 # === 8. Not the paper's: rehearse what the LM would say, so that it forgets less of its language. =
 class Rehearsal:
-    """Pseudo-rehearsal (Robins, 1995): an extra loss that keeps texts which the untrained LM wrote
-    as probable as they were. Each call returns coef * KL(p_0 || p) on one of 32 texts."""
+    """Pseudo-rehearsal (Robins, 1995): an extra loss, which keeps the LM's predictions along texts
+    that it wrote itself as they were. Each call returns coef * KL(p_0 || p) on one of 32 texts,
+    where p_0 is the untrained LM."""
 
     def __init__(self, model, vocab_size, coef):
         self.model = model
         self.coef = coef
         first_tokens = torch.randint(vocab_size, (32, 1), device=model.device)
-        # An LM's folder may bring settings that change its distribution. These take their place.
+        # An LM's folder may bring settings that change what it writes. These override them.
         sampling = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -688,47 +719,49 @@ class Rehearsal:
 
 # === 9. The same numbers, faster: compute every distinct beginning once, as branches of a tree. ===
 def as_tree(encoded):
-    """Merge the rows of the definition where they begin alike, into L nodes.
+    """Merge the rows of the definition where they begin alike, into a prefix tree of L nodes.
 
-        The first step to make a salad is to -+- chop the -+- (egg)
-                                              |            +- (tomato)
+        The first step to make a salad is to -+- chop the -+- (egg)      (...): no node, because
+                                              |            +- (tomato)   it predicts nothing
                                               +- (wait)
 
-    A node is a beginning of a row, a tuple of tokens. It predicts the tokens that may follow it.
-    Nothing follows an action's last token, in brackets, and so it needs no node.
-
-    Returns the nodes in an order in which each comes after its beginnings; the mask (L, L), True
-    where a node may look: at itself and at its own beginnings; and for each token of each action
-    the node that predicts it (sources) and the token itself (targets)."""
-    nodes = {}  # beginning -> its place
+    A node is a prefix of a row, a tuple of tokens; rows of several states share nodes, too. It
+    predicts the tokens that may follow. Returns
+    - nodes: in an order in which each comes after its own prefixes,
+    - mask (L, L): True where a node may look, at itself and at its own prefixes,
+    - sources: for each token of each action the index of the node that predicts it,
+    - targets: that token."""
+    nodes = {}  # prefix -> its index
     sources, targets = [], []
     for prompt_ids, action_ids in encoded:
         for ids in action_ids:
             row = tuple(prompt_ids + ids)
             for end in range(1, len(row)):
-                beginning, next_token = row[:end], row[end]
-                node = nodes.setdefault(beginning, len(nodes))  # a known place, or a new one
+                prefix, next_token = row[:end], row[end]
+                node = nodes.setdefault(prefix, len(nodes))  # a known index, or a new one
                 if end >= len(prompt_ids):
                     sources.append(node)
                     targets.append(next_token)
     mask = torch.eye(len(nodes), dtype=torch.bool)
-    for beginning, node in nodes.items():
-        if len(beginning) > 1:
-            parent = nodes[beginning[:-1]]
+    for prefix, node in nodes.items():
+        if len(prefix) > 1:
+            parent = nodes[prefix[:-1]]
             mask[node] |= mask[parent]
     return list(nodes), mask, sources, targets
 
 
 class FrozenBlocks(nn.Module):
-    """All blocks below LoRA, as one module that takes the place of the first of them. They never
-    change, so the hidden state that they compute for a node is cached. In the places of the others
-    stand FrozenBlocks([]), which pass on what they get."""
+    """All blocks below LoRA, as one module in the place of the first of them. They are frozen, so
+    the hidden state of a prefix after them never changes, and is cached. In the places of the
+    others stand FrozenBlocks([]), which pass on what they get."""
 
     def __init__(self, blocks):
         super().__init__()
         self.blocks = blocks
         self.cache = {}  # node -> hidden state (D,)
-        self.nodes = None  # The scorer sets the nodes of its pass. Other passes are not cached.
+        # The nodes of this pass. TreeScorer sets them here, because the LM's forward has no
+        # argument for them. Other passes have none and are not cached.
+        self.nodes = None
 
     def forward(self, hidden, *args, **kwargs):
         if self.nodes and all(node in self.cache for node in self.nodes):
@@ -737,9 +770,9 @@ class FrozenBlocks(nn.Module):
             hidden = block(hidden, *args, **kwargs)  # (1, L, D)
         if len(self.cache) > CACHE_SIZE:
             self.cache.clear()
-        for place, node in enumerate(self.nodes or ()):
+        for i, node in enumerate(self.nodes or ()):
             # A copy, because a view would keep the hidden states of the whole pass alive.
-            self.cache[node] = hidden[0, place].clone()
+            self.cache[node] = hidden[0, i].clone()
         return hidden
 
 
@@ -747,15 +780,15 @@ class TreeScorer:
     """Equals `plain_log_probs`, but a prompt is computed once, not once for each action.
 
     In a transformer, tokens exchange information only in attention, and only their positions tell
-    their order. Here each node looks only at its own beginnings, and its position is their number,
-    as in a row of its own. So the LM computes the same for it."""
+    their order. Here each node looks only at its own prefixes, and its position is the number of
+    tokens before it, as in a row of its own. So the LM computes the same for it."""
 
     def __init__(self, model):
-        """Merge the frozen blocks of the model into one."""
+        """Replace the model's frozen blocks by one that caches; add_lora comes before."""
         blocks = decoder_blocks(model)
         n_frozen = sum(not trainable(block) for block in blocks)
         self.frozen = FrozenBlocks(blocks[:n_frozen])
-        # The other places stay, because peft finds the weights of LoRA by the blocks' numbers.
+        # The list keeps its length, because peft finds the weights of LoRA by the blocks' numbers.
         for i in range(n_frozen):
             blocks[i] = self.frozen if i == 0 else FrozenBlocks([])
 
@@ -763,10 +796,11 @@ class TreeScorer:
         nodes, mask, sources, targets = as_tree(encoded)
         last_tokens = torch.tensor([node[-1] for node in nodes], device=model.device)  # (L,)
         positions = torch.tensor([len(node) - 1 for node in nodes], device=model.device)  # (L,)
-        # The mask is added to attention's scores. Some kernels make NaN of -inf, so it is finite.
+        # The mask is added to attention's scores. It is finite, as some kernels make NaN of -inf.
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min)
-        # Logits only where they are needed, and once where a node predicts several tokens.
-        needed, row = torch.tensor(sources, device=model.device).unique(return_inverse=True)
+        # Logits are computed only for nodes that predict an action's token: `needed` are these
+        # nodes, and `rows` tells for each token which of them it is.
+        needed, rows = torch.tensor(sources, device=model.device).unique(return_inverse=True)
         self.frozen.nodes = nodes
         try:
             output = model(
@@ -778,7 +812,7 @@ class TreeScorer:
             )
         finally:
             self.frozen.nodes = None
-        log_probs = F.log_softmax(output.logits[0].float(), dim=-1)[row, targets]
+        log_probs = F.log_softmax(output.logits[0].float(), dim=-1)[rows, targets]
         n_tokens = []
         for _, action_ids in encoded:
             n_tokens += map(len, action_ids)
@@ -793,7 +827,7 @@ TREE_FAMILIES += ["gpt2", "gpt_neox", "opt", "phi"]
 
 
 def choose_scorer(model):
-    """The fast scorer where it is known to be exact, else the definition."""
+    """The tree where it is known to be exact, for which the model is changed; else the rows."""
     family = model.config.model_type
     if family in TREE_FAMILIES and not getattr(model.config, "sliding_window", None):
         return TreeScorer(model)
@@ -807,12 +841,14 @@ def load_lm(name, device="cpu", dtype="float32"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(__file__).with_name(name) if name == "pocket_lm" else name
-    warnings.filterwarnings("ignore", category=FutureWarning)  # The libraries' authors want these.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # They are for the libraries' authors.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tokenizer("a", return_offsets_mapping=True)["offset_mapping"]  # Not every one has them.
+        tokenizer("a", return_offsets_mapping=True)["offset_mapping"]  # Some tokenizers have none.
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -823,9 +859,10 @@ def load_lm(name, device="cpu", dtype="float32"):
         model.to(device)
     except Exception as error:  # A damaged folder can fail in any way, in any library.
         raise UserError(
-            f"cannot load the LM {describe_folder(name)} ({device}: {error})"
+            f"cannot load the LM {name} on {device} (--model takes the folder or Hub id of an LM, "
+            f"--evaluate and --resume take the folder of a run): {error}"
         ) from error
-    if Path(path).is_dir():  # The adapter's files name its LM, but nobody's home folder.
+    if Path(path).is_dir():  # The adapter's files shall name the LM, but no private path.
         model.name_or_path = Path(path).name
     missing = ", ".join(loading["missing_keys"])
     # transformers fills missing weights with random numbers.
@@ -843,31 +880,19 @@ def load_lm(name, device="cpu", dtype="float32"):
     return model, tokenizer
 
 
-def describe_folder(path):
-    """What a path leads to, for messages about the wrong one."""
-    path = Path(path)
-    if (path / "checkpoint.pt").exists():
-        return f"{path}, which is a run; use --evaluate or --resume"
-    if (path / "adapter_config.json").exists():
-        return f"{path}, which is an adapter; use its run with --evaluate"
-    return f"{path}" if path.exists() else f"{path}, which is no folder here"
-
-
 def make_agent(settings):
+    """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
     model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
     model = add_lora(model)
-    agent = Agent(model, tokenizer, settings, choose_scorer(model), average)
+    agent = Agent(model, tokenizer, settings, choose_scorer(model))
     if settings.rehearsal_coef:
         agent.extra_loss = Rehearsal(model, tokenizer.vocab_size, settings.rehearsal_coef)
     return agent
 
 
 # === 11. Several processes: each plays its own episodes, and averages keep their weights equal. ===
-# torchrun starts them and tells each its rank. When one fails, torchrun ends the others.
-RANK = int(os.environ.get("RANK", 0))
-N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-
-
+# They begin with equal weights, because all use the same seed, and every gradient is averaged. When
+# one fails, torchrun ends the others.
 def start_processes():
     if N_PROCESSES > 1:
         if torch.cuda.is_available():
@@ -877,29 +902,18 @@ def start_processes():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- only the first process speaks
 
 
-def average(tensor):
-    """Replace the tensor by its mean over the processes."""
+def gather(value):
+    """Return a list of the values that all processes have, by rank."""
+    values = [value] * N_PROCESSES
     if N_PROCESSES > 1:
-        dist.all_reduce(tensor)
-        tensor /= N_PROCESSES
-    return tensor
-
-
-def gather(thing):
-    """The things of all processes, by rank."""
-    things = [thing] * N_PROCESSES
-    if N_PROCESSES > 1:
-        dist.all_gather_object(things, thing)
-    return things
+        dist.all_gather_object(values, value)
+    return values
 
 
 # === 12. A run: keep in a folder what is needed to go on, and what came out. ======================
 class Run:
-    """A folder with config.json, metrics.csv, checkpoint.pt, adapter/ and summary.json. Files are
-    written aside and renamed, so that after a kill there is the old one or the new one, whole."""
-
-    rank = RANK
-    n_processes = N_PROCESSES
+    """A folder with config.json, metrics.csv, checkpoint.pt, summary.json and adapter/. The files
+    are written aside and renamed, so that a kill leaves the old one or the new one, whole."""
 
     def __init__(self, path, settings, method):
         self.path = Path(path)
@@ -968,7 +982,7 @@ class Run:
             for env, state in zip(envs, saved["envs"][RANK], strict=True):
                 env.obs, env.info = env.env.set_state(state)
             self.rows, self.before, self.decisions, seconds = saved["log"]
-            self.started -= seconds
+            self.started -= seconds  # so that seconds() goes on
 
     def finish(self, after):
         """Keep what came out."""
@@ -981,9 +995,8 @@ def claim_folder(settings, method):
     """Make the folder that --out names, or the first free one in runs/. mkdir fails where another
     program was faster, so that two runs never share a folder."""
     label = settings.norm if method == "twosome" else method
-    name = f"runs/{settings.task}-{label}-seed{settings.seed}"
-    if settings.model != "pocket_lm":
-        name += f"-{Path(settings.model).name}"
+    lm = "" if settings.model == "pocket_lm" else f"-{Path(settings.model).name}"
+    name = f"runs/{settings.task}-{label}-seed{settings.seed}{lm}"
     names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
     for path in map(Path, names):
         with suppress(FileExistsError):
@@ -993,28 +1006,25 @@ def claim_folder(settings, method):
 
 
 def show_episode(agent, new_env, rng):
-    """Print one episode: each chosen action, with its probability untrained and now."""
+    """Print one episode: each action that was taken, with its probability untrained and now."""
     env = new_env()
-    print("\none episode, and how probable each action was:")
+    print("\none episode (how probable each action was untrained, and now):")
     while not env.done:
-        state = env.state()
+        _, phrases = state = env.state()
         (log_pi,) = agent.cached_log_policy([state])
-        choice = sample(log_pi, rng)
-        untrained = ""
-        if hasattr(agent.model, "disable_adapter"):  # A baseline has none.
-            with torch.no_grad(), agent.model.disable_adapter():
-                (log_pi_0,) = agent.log_policy([state])
-            untrained = f"untrained {log_pi_0[choice].exp():.2f}, now "
-        phrase = list(env.info["actions"].values())[choice]
-        print(f"  {untrained}{log_pi[choice].exp():.2f}  {phrase}")
-        env.step(choice)
+        with torch.no_grad(), agent.model.disable_adapter():
+            (untrained,) = agent.log_policy([state])
+        a = sample(log_pi, rng)
+        print(f"  {untrained[a].exp():.2f}  {log_pi[a].exp():.2f}  {phrases[a]}")
+        env.step(a)
     print(f"  success: {env.info['success']}, discounted return {env.discounted_return:.3f}")
 
 
 def report(agent, new_env, settings, run, purpose):
     """Play 100 episodes, print one more, and return the means of the 100."""
-    result = evaluate(agent, new_env, EVALUATION_GAMES, run.rng(purpose))
-    show_episode(agent, new_env, run.rng(f"episode {purpose}"))
+    result = evaluate(agent, new_env, EVALUATION_EPISODES, run.rng(purpose))
+    if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
+        show_episode(agent, new_env, run.rng(f"episode {purpose}"))
     print(f"\n{purpose}: {describe(result)}")
     best = getattr(ENVS[settings.env], "OPTIMUM", {}).get(settings.task)
     if best:
@@ -1042,12 +1052,16 @@ def make_settings(**values):
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
         settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
-    highest = {"gamma": 1, "gae_lambda": 1, "minibatches": settings.n_envs * settings.rollout_steps}
+    at_least_1 = "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts", "test_episodes"
     for name, value in vars(settings).items():
-        if isinstance(value, int | float):
-            low = int(isinstance(value, int) and name not in ("steps", "seed", "gamma"))
-            high = highest.get(name, 1e12)
+        if not isinstance(value, str | None):
+            low = 1 if name in at_least_1 else 0
+            high = 1 if name in ("gamma", "gae_lambda") else 1e12
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
+    decisions = settings.n_envs * settings.rollout_steps
+    require(
+        settings.minibatches <= decisions, f"--minibatches: a rollout has {decisions} decisions"
+    )
     return settings
 
 
@@ -1058,7 +1072,7 @@ def try_env(settings):
         state = env.env.get_state()
         env.state()
         env.step(0)
-        env.info["success"]
+        env.info["success"]  # a KeyError if it is missing
         env.env.set_state(state)
     except Exception as error:
         raise UserError(f"the environment {settings.env} does not work: {error!r}") from error
@@ -1077,31 +1091,32 @@ def read_config(path):
         Settings(**config)
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no folder of a run: {describe_folder(path)}") from error
+        raise UserError(f"{path} is not the folder of a run: {error!r}") from error
 
 
 def parse(argv, defaults):
     """Return the settings, and the folder of a run to resume or to evaluate."""
     parser = ArgumentParser(
-        usage="%(prog)s [--FLAG VALUE ...]",
         epilog="The other flags, with default and reason:\n" + inspect.getsource(Settings),
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for field in fields(Settings):
-        kinds = get_args(field.type) or [field.type]  # (int, None), or just [int]
+        kinds = get_args(field.type) or [field.type]  # int | None takes an int.
         parser.add_argument(f"--{field.name}", type=kinds[0], default=SUPPRESS, help=SUPPRESS)
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", metavar="RUN", help="go on; with --steps, beyond its end")
+    modes.add_argument(
+        "--resume", metavar="RUN", help="go on; with more --steps, further than planned"
+    )
     modes.add_argument("--evaluate", metavar="RUN", help="play 100 other episodes")
     given = vars(parser.parse_args(argv))  # only what was typed
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
     config = dict(defaults)
     if resumed or evaluated:
         config = read_config(resumed or evaluated)
-    changeable = {"steps", "device", "max_prompts"}
-    require(not resumed or given.keys() <= changeable, f"--resume goes only with {changeable}")
-    if "env" in given:
+    may_change = not resumed or given.keys() <= {"steps", "device", "max_prompts"}
+    require(may_change, "--resume goes only with --steps, --device and --max_prompts")
+    if "env" in given:  # The other environment has its own.
         config |= {"task": None, "gamma": None, "steps": None}
     return make_settings(**config | given), resumed, evaluated
 
@@ -1128,7 +1143,7 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
             f"seed {settings.seed}; all settings and results are in {run.path}"
         )
         train(agent, new_env, settings, run)
-        if RANK == 0 and hasattr(agent.model, "save_pretrained"):  # A baseline has no adapter.
+        if RANK == 0 and hasattr(agent.model, "save_pretrained"):
             agent.model.save_pretrained(run.path / "adapter", save_embedding_layers=False)
         after = report(agent, new_env, settings, run, "after training")
         run.finish(after)

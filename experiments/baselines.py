@@ -50,7 +50,6 @@ class Baseline(Agent):
         self.model = model
         self.critic = critic
         self.settings = settings
-        self.average = twosome.average
         groups = [{"params": trainable(part).values()} for part in (model, critic)]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         self.extra_loss = None
@@ -180,7 +179,7 @@ class SayCan(Baseline):
             loss = F.binary_cross_entropy_with_logits(torch.stack(chosen), y)
             self.optimizer.zero_grad()
             loss.backward()
-            twosome.take_step(self, settings.max_grad_norm)
+            twosome.take_step(self.optimizer, settings.max_grad_norm)
             losses.append(loss.item())
         self.policy_cache.clear()
         return {"value_loss": sum(losses) / len(losses)}

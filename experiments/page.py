@@ -289,7 +289,7 @@ def learning_curve(agent, folder, settings):
         rows = [{"env_steps": 0, **before}, *rows]
     log = []
     for row in rows:
-        if "success" in row:  # It is missing with --test_games 0.
+        if "success" in row:  # It is missing with --test_episodes 0.
             log.append([row["env_steps"], row["success"], row["return"]])
     return decisions, log
 
@@ -322,7 +322,7 @@ def world(agent, settings, folder):
         "limit": exact.time_limit(settings),
         "decisions": decisions,
         "log": log,
-        "games": [twosome.EVALUATION_GAMES, settings.test_games],
+        "games": [twosome.EVALUATION_EPISODES, settings.test_episodes],
         "views": shown,
         "states": states,
         "phrases": [[phrase, token_texts(agent.tokenizer, ids)] for phrase, *ids in numbers],

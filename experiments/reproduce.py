@@ -169,7 +169,7 @@ class SeparateUpdates(Agent):
             errors = torch.stack([value, old[batch] + change]) - rollout.returns[batch]
             self.optimizer.zero_grad()
             (0.5 * errors.square().amax(0).mean()).backward()
-            twosome.take_step(self, settings.max_grad_norm)
+            twosome.take_step(self.optimizer, settings.max_grad_norm)
         self.learns_actor = True
         metrics = super().learn(rollout, settings, rng)
         self.learns_actor = False

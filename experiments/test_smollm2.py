@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="python experiments/
 
 def test_one_update(tmp_path, monkeypatch):
     """Otherwise everything would be shown on an LM only that we made ourselves."""
-    monkeypatch.setattr(twosome, "EVALUATION_GAMES", 1)
-    sizes = {"steps": 8, "n_envs": 2, "rollout_steps": 4, "epochs": 1, "test_games": 1}
+    monkeypatch.setattr(twosome, "EVALUATION_EPISODES", 1)
+    sizes = {"steps": 8, "n_envs": 2, "rollout_steps": 4, "epochs": 1, "test_episodes": 1}
     flags = [f"--{name}={value}" for name, value in sizes.items()]
     twosome.main([*flags, f"--model={FOLDER}", f"--out={tmp_path / 'run'}"])
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
