@@ -2,9 +2,9 @@
 
 A language model knows what people usually do, but not what works here. TWOSOME (Tan et al., ICLR
 2024, arXiv 2401.14151) offers it the possible actions as endings of one sentence. The policy is a
-softmax over the probabilities that the LM gives to these endings. PPO makes the actions likelier
-that turned out well, by training a small adapter (LoRA). A small network learns how good a state
-is. The LM itself stays frozen.
+softmax over the log-probabilities that the LM gives to these endings, each divided by its number
+of words. PPO then makes actions that turned out well more likely. It trains a small adapter (LoRA)
+and a small network that learns how good a state is. The LM itself stays frozen.
 
     python twosome.py            # half a minute on a CPU core; success rises from about 0.7 to 1.0
     python twosome.py --help     # all settings
@@ -29,7 +29,8 @@ is not needed to understand it: 8 keeps the LM's language, 9 computes the same n
 loads an LM and puts the parts together, 11 to 13 are for several processes, a run's folder and the
 command line. "Untrained" is the LM as it comes, before any of this training.
 
-Where we leave the paper's code (its settings stand beside ours in section 1):
+Where we leave the paper's code (its settings stand beside ours in section 1; what is not listed
+follows it, but for the two worlds, which are rewritten, and for speed):
 
     section 2  The words that join observation and goal are ours.
     section 4  LoRA is in all linear layers of the last blocks, not in queries and values of all.
@@ -60,6 +61,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import get_args
 
+if __name__ == "__main__":  # Ctrl-C during the slow imports ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -70,7 +74,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
@@ -85,7 +89,7 @@ class Settings:
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str | None = None  # default: the first task of the environment
     steps: int | None = None  # decisions to learn from; default: the task's; paper: from 50,000
-    gamma: float | None = None  # discount of a primitive step; default: 0.99 or 0.95, as the paper
+    gamma: float | None = None  # of a primitive step; overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # the LM that comes along, or a folder or Hub id; paper: LLaMA-7B
     norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
@@ -114,7 +118,7 @@ class Settings:
 
 EVALUATION_EPISODES = 100  # before training, and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all. Its rank is in section 4.
-CACHE_SIZE = 100_000  # entries at which a cache is emptied
+CACHE_SIZE = 100_000  # the largest number of entries of a cache
 # torchrun (section 11) starts several processes and tells each its rank; one alone has rank 0.
 RANK = int(os.environ.get("RANK", 0))
 N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -123,14 +127,7 @@ N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 # each of N environments, n = T * N in all. pi(a | s) is the policy, V(s) a value, A an advantage.
 
 
-def average(tensor):
-    """Replace the tensor by its mean over the processes, and return it."""
-    if N_PROCESSES > 1:
-        dist.all_reduce(tensor)
-        tensor /= N_PROCESSES
-    return tensor
-
-
+# --- Helpers ---
 class UserError(ValueError):
     """A mistake of the user, which is reported in one line. A bug shows its traceback."""
 
@@ -138,6 +135,14 @@ class UserError(ValueError):
 def require(condition, message):
     if not condition:
         raise UserError(message)
+
+
+def average(tensor):
+    """Replace the tensor by its mean over the processes, and return it."""
+    if N_PROCESSES > 1:
+        dist.all_reduce(tensor)
+        tensor /= N_PROCESSES
+    return tensor
 
 
 def chunks(items, size):
@@ -194,13 +199,14 @@ class TextEnv:
         self.done = False
 
     def state(self):
-        """The state as the agent sees it: the prompt, and the phrases of the offered actions."""
+        """The prompt, and the phrases of the offered actions. We call it a state, although it
+        tells only what the agent perceives."""
         phrases = tuple(self.info["actions"].values())
         return build_prompt(self.obs, self.env.goal), phrases
 
     def step(self, choice):
-        """Take the offered action with index `choice`. Returns reward, discount: that of what
-        follows, which is 0 if the goal is reached, and gamma^k if not, also at the time limit.
+        """Take the offered action with index `choice`. Returns its reward, and the discount of
+        V(s'): 0 if the goal is reached, else gamma^k.
 
         An action may be a macro-action ("put the tomato on the board"), which takes k primitive
         steps (walk, walk, put). The environment discounts the rewards within it. What follows
@@ -238,7 +244,7 @@ def encode(tokenizer, prompt, phrases):
         require(len(ids) <= longest, f"a prompt has {len(ids)} tokens, the LM reads {longest}")
         # A special token, such as an end of text, has the offsets (0, 0).
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
-        # The space may belong to either side, but no token may hold letters of both.
+        # The space between the two may belong to either, but no token may go on beyond it.
         straddling = [t for t, (start, stop) in enumerate(offsets) if start < end < stop - 1]
         prompts.append(ids[: min(own, default=0)])
         action_ids.append([ids[t] for t in own])
@@ -280,15 +286,16 @@ def normalize(log_probs, n_tokens, n_words, norm):
     A longer phrase has more factors below 1, and so a smaller product. Dividing its log by n takes
     the n-th root: the geometric mean over the action's tokens (Eq. 3) or words (Eq. 4).
 
-                                                             the policy by norm
+                                                             the policy with norm =
         phrase, cut into tokens  P of its tokens             none   token  word
         wait                     0.01                        0.456  0.019  0.027
         chop the egg             0.1  0.8  0.1               0.365  0.370  0.544
         chop the aub erg ine     0.1  0.8  0.05  0.99  0.99  0.179  0.611  0.429
 
     "none" favours the shortest phrase, though its only word is improbable. "token" favours long
-    words, because the end of a word is nearly sure once it has begun. "word" does neither. (Any
-    division makes the policy more random: a log P of -5 becomes -1.)
+    words, because the end of a word is nearly sure once it has begun. "word" does neither, and
+    divides by 3 for both of the longer phrases. Any division has a price: it makes the policy more
+    random, as a log P of -6 becomes one of -2.
 
     >>> log_probs = torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()
     >>> n_tokens, n_words = torch.tensor([1, 3, 5]), torch.tensor([1, 3, 3])
@@ -306,8 +313,8 @@ def normalize(log_probs, n_tokens, n_words, norm):
 
 # === 4. Agent: the actor is the frozen LM with LoRA, the critic an MLP on the frozen LM. ==========
 def decoder_blocks(model):
-    """The transformer blocks of the text decoder. A multimodal LM has others, in its vision tower,
-    and get_decoder leaves them out."""
+    """The transformer blocks of the text decoder. A multimodal LM has blocks in its vision tower,
+    too, which get_decoder skips."""
     modules = model.get_decoder().modules()
     return next(module for module in modules if isinstance(module, nn.ModuleList))
 
@@ -323,8 +330,8 @@ def add_lora(model):
     names = []
     for name, module in model.named_modules():
         is_linear = isinstance(module, (nn.Linear, Conv1D))  # GPT-2's linear layers are Conv1D.
-        # A router chooses the experts of a mixture. Mamba uses the matrix of its out_proj
-        # directly, which would bypass LoRA.
+        # We skip routers, which only choose the experts of a mixture, and the out_proj of Mamba,
+        # whose matrix is read directly.
         skipped = name.endswith(("gate", "router", "mixer.out_proj"))
         if is_linear and module in adapted and not skipped:
             names.append(name)
@@ -348,7 +355,7 @@ def make_critic(n_inputs):
         nn.ReLU(),
         nn.Linear(512, 1),
     )
-    # V is 0 at first. The errors of a random critic would look like good or bad actions.
+    # V is 0 at first. A random V would give random advantages before anything is learned.
     for p in critic[-1].parameters():
         nn.init.zeros_(p)
     return critic
@@ -368,8 +375,8 @@ class Agent(nn.Module):
         self.settings = settings
         # The critic is small and stays on the CPU. Policies are moved to it.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
-        # One optimiser with two learning rates, which the training loop sets. eps is the paper's:
-        # with the usual 1e-8 even tiny gradients would cause steps of full size.
+        # One optimiser for two groups, LoRA and critic; the training loop sets their learning
+        # rates. eps is the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
         groups = [{"params": trainable(part).values()} for part in (self.model, self.critic)]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         self.extra_loss = None  # a function that returns another loss of the actor (section 8)
@@ -438,7 +445,7 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
         A_t     = delta_t + gamma^(k_t) lambda A_{t+1}
 
     delta tells whether a decision went better than expected. A decision also gets credit for later
-    surprises, but less so with time (discount: gamma^k) and with each decision between (lambda).
+    surprises, which fades by gamma per primitive step and by lambda per decision.
     done is 1 where the episode ended, at the goal or at the time limit: there A has no later term.
 
     Example with lambda 1, from the end: the last action (V = 0.4) earns 1 and reaches the goal, so
@@ -450,11 +457,11 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
     tensor([[0.0500, 0.6000]])
     """
     advantage = torch.zeros_like(reward)
-    later = torch.zeros_like(reward[0])
+    next_advantage = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
         delta = reward[t] + discount[t] * next_value[t] - value[t]
-        later = delta + discount[t] * gae_lambda * (1 - done[t]) * later
-        advantage[t] = later
+        next_advantage = delta + discount[t] * gae_lambda * (1 - done[t]) * next_advantage
+        advantage[t] = next_advantage
     return advantage
 
 
@@ -505,13 +512,15 @@ def collect(agent, envs, settings, rng):
 
 
 # === 6. PPO: make what turned out better than expected likelier, in small steps. ==================
-# What an update logs, in this order, and the value loss:
+# The metrics that policy_loss returns, in this order:
 METRICS = "policy_loss", "entropy", "approx_kl", "clip_fraction"
 
 
 def policy_loss(log_pi, choice, old_log_prob, advantage, clip_coef, ent_coef):
-    """PPO's loss (Schulman et al., 2017), added up over m decisions that were taken in one state,
-    which goes through the LM once for all of them. Returns the loss and the METRICS.
+    """PPO's loss (Schulman et al., 2017) of m decisions, added up, and its METRICS.
+
+    A rollout visits few distinct states, and each goes through the LM only once. So decisions are
+    grouped by state, and these m were all taken in the same one. For each of them
 
         r = pi(a | s) / pi_old(a | s)
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
@@ -584,9 +593,9 @@ def take_step(optimizer, max_grad_norm):
 def update(agent, rollout, settings, rng):
     """Move the actor towards decisions that turned out better than expected, but not far, and the
     critic towards the returns."""
-    # The paper divides by the standard deviation. But in a rollout in which nothing happened the
-    # advantages are only the critic's small errors, and dividing would make them as large as those
-    # of a success. So we add 1.
+    # The paper divides by the standard deviation. But where nothing happened, the advantages are
+    # only the critic's small errors, which this would blow up to size 1, that of a success. With
+    # std + 1 they stay small.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage = advantage / (advantage.std(correction=0) + 1)
     metrics, value_losses = [], []
@@ -594,8 +603,10 @@ def update(agent, rollout, settings, rng):
         agent.optimizer.zero_grad()
         metrics.append(average(backward_policy_loss(agent, rollout, advantage, batch, settings)))
         _, _, kl, _ = metrics[-1]
-        if kl > settings.target_kl:
-            break  # The policy is far enough from the one that collected the rollout.
+        if value_losses and kl > settings.target_kl:
+            # The policy is too far from the one that collected the rollout: the update ends, also
+            # for the critic, and this gradient is dropped.
+            break
         # L = mean 1/2 (V - R)^2. The paper clips the change of V, as it clips the ratio.
         value = agent.value([rollout.states[i] for i in batch])
         value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
@@ -606,7 +617,8 @@ def update(agent, rollout, settings, rng):
         take_step(agent.optimizer, settings.max_grad_norm)
     agent.policy_cache.clear()
     log = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
-    # 1 - Var(R - V_old) / Var(R): which part of the returns' variance the critic foresaw
+    # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw. R - V_old
+    # is the advantage.
     unexplained = rollout.advantage.var() / (rollout.returns.var() + 1e-8)
     log["value_loss"] = torch.stack(value_losses).mean().item()
     log["explained_variance"] = 1 - unexplained.item()
@@ -638,7 +650,7 @@ def describe(result):
 
 def train(agent, new_env, settings, run):
     """Play, judge, learn, log. `new_env` makes a wrapped environment. `run` keeps log and
-    checkpoints (section 12). It has random numbers for each purpose, the same after a resume."""
+    checkpoints, and makes random numbers, seeded by what they are for (section 12)."""
     envs = [new_env() for _ in range(settings.n_envs)]
     run.restore(agent, envs)
     if run.before is None:
@@ -662,18 +674,18 @@ def train(agent, new_env, settings, run):
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, settings, rng)
         run.decisions += decisions_per_update
-        # If nothing was earned, all advantages are only errors of the critic: discard the rollout
-        # and play on. The paper's code learns from it. Our way has a cost: the critic sees fewer
-        # failures and becomes too optimistic. In Overcooked every step costs something.
+        # Where nothing was earned, all advantages are only errors of the critic: discard the
+        # rollout and play on. The paper's code learns from it. Our way makes the critic optimistic,
+        # as it sees fewer failures. In Overcooked, where each step costs something, it never acts.
         if not average(rollout.reward.abs().sum()):
-            patient = run.decisions < 100 * settings.steps
-            require(patient, f"nothing was earned in {run.decisions:,} decisions")
+            give_up = run.decisions >= 100 * settings.steps
+            require(not give_up, f"nothing was earned in {run.decisions:,} decisions")
             continue
 
         # Learn: the gradient steps of PPO.
         metrics = agent.learn(rollout, settings, rng)
 
-        # Log the success of new episodes. In the rollout itself short episodes end more often.
+        # Log how the agent does in new episodes. A rollout has more short ones, so it is biased.
         rng = run.rng(f"update {len(run.rows)}")
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
@@ -752,8 +764,8 @@ def as_tree(encoded):
 
 class FrozenBlocks(nn.Module):
     """All blocks below LoRA, as one module in the place of the first of them. They are frozen, so
-    the hidden state of a prefix after them never changes, and is cached. In the places of the
-    others stand FrozenBlocks([]), which pass on what they get."""
+    the hidden state of a prefix after them never changes, and is cached. The other frozen blocks
+    are replaced by FrozenBlocks([]), which do nothing, so that the numbering of blocks stays."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -784,11 +796,10 @@ class TreeScorer:
     tokens before it, as in a row of its own. So the LM computes the same for it."""
 
     def __init__(self, model):
-        """Replace the model's frozen blocks by one that caches; add_lora comes before."""
+        """Replace the model's frozen blocks. LoRA, which peft finds by number, must be there."""
         blocks = decoder_blocks(model)
         n_frozen = sum(not trainable(block) for block in blocks)
         self.frozen = FrozenBlocks(blocks[:n_frozen])
-        # The list keeps its length, because peft finds the weights of LoRA by the blocks' numbers.
         for i in range(n_frozen):
             blocks[i] = self.frozen if i == 0 else FrozenBlocks([])
 
@@ -798,21 +809,21 @@ class TreeScorer:
         positions = torch.tensor([len(node) - 1 for node in nodes], device=model.device)  # (L,)
         # The mask is added to attention's scores. It is finite, as some kernels make NaN of -inf.
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min)
-        # Logits are computed only for nodes that predict an action's token: `needed` are these
-        # nodes, and `rows` tells for each token which of them it is.
-        needed, rows = torch.tensor(sources, device=model.device).unique(return_inverse=True)
+        # Logits are computed only for the nodes that predict a token of an action: `predictors`.
+        # which[i] is the row of logits for token i, as one node may predict several.
+        predictors, which = torch.tensor(sources, device=model.device).unique(return_inverse=True)
         self.frozen.nodes = nodes
         try:
             output = model(
                 input_ids=last_tokens[None],
                 position_ids=positions[None],
                 attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
-                logits_to_keep=needed,
+                logits_to_keep=predictors,
                 use_cache=False,
             )
         finally:
             self.frozen.nodes = None
-        log_probs = F.log_softmax(output.logits[0].float(), dim=-1)[rows, targets]
+        log_probs = F.log_softmax(output.logits[0].float(), dim=-1)[which, targets]
         n_tokens = []
         for _, action_ids in encoded:
             n_tokens += map(len, action_ids)
@@ -841,11 +852,10 @@ def load_lm(name, device="cpu", dtype="float32"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(__file__).with_name(name) if name == "pocket_lm" else name
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # They are for the libraries' authors.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    # Future warnings are for the libraries' authors.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a", return_offsets_mapping=True)["offset_mapping"]  # Some tokenizers have none.
@@ -891,8 +901,9 @@ def make_agent(settings):
 
 
 # === 11. Several processes: each plays its own episodes, and averages keep their weights equal. ===
-# They begin with equal weights, because all use the same seed, and every gradient is averaged. When
-# one fails, torchrun ends the others.
+#     torchrun --nproc_per_node 2 twosome.py
+# They begin with equal weights, because all use the same seed, and every gradient is averaged. An
+# update then learns from the decisions of all. When one fails, torchrun ends the others.
 def start_processes():
     if N_PROCESSES > 1:
         if torch.cuda.is_available():
@@ -969,12 +980,14 @@ class Run:
                 weight.data.copy_(saved["weights"][name])
             agent.optimizer.load_state_dict(saved["optimizer"])
         except Exception as error:  # A damaged file can fail in any way.
-            raise UserError(f"{path} is missing, damaged or of another LM: {error}") from error
+            raise UserError(
+                f"{path} is missing, damaged, or of another LM or method: {error}"
+            ) from error
         return saved
 
     def restore(self, agent, envs):
-        """Go on from the checkpoint, if there is one, with the numbers that the run would have had
-        without the break, up to rounding."""
+        """Go on from the checkpoint, if there is one. The results are those of an unbroken run, up
+        to rounding."""
         if (self.path / "checkpoint.pt").exists():
             saved = self.load(agent)
             n = len(saved["envs"])
@@ -1021,14 +1034,14 @@ def show_episode(agent, new_env, rng):
 
 
 def report(agent, new_env, settings, run, purpose):
-    """Play 100 episodes, print one more, and return the means of the 100."""
+    """Play 100 episodes, print another one, and return the means of the 100."""
     result = evaluate(agent, new_env, EVALUATION_EPISODES, run.rng(purpose))
     if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
         show_episode(agent, new_env, run.rng(f"episode {purpose}"))
     print(f"\n{purpose}: {describe(result)}")
     best = getattr(ENVS[settings.env], "OPTIMUM", {}).get(settings.task)
-    if best:
-        print(f"the best possible return with gamma {ENVS[settings.env].GAMMA} is {best:.3f}")
+    if best and settings.gamma == ENVS[settings.env].GAMMA:
+        print(f"the best possible return is {best:.3f}")
     return result
 
 
@@ -1123,7 +1136,7 @@ def parse(argv, defaults):
 
 def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
     """The command line. From Python, agent = main(["--env", "virtualhome"]). The other arguments
-    are for experiments/, which have other agents."""
+    serve experiments/, where other methods and environments use this command line, too."""
     run = evaluated = None
     try:
         settings, resumed, evaluated = parse(argv, defaults or {})
@@ -1166,6 +1179,7 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early.
     main(sys.argv[1:], program=sys.argv[0])
