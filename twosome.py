@@ -18,19 +18,19 @@ One decision of pocket_lm, the tiny LM that comes along, from an observation to 
                  board 1.00: how probable the LM finds each after the words before it
     log P        the sum of their logs is -1.20; divided by 8, the number of words, -0.15
     policy       exp(-0.15) = 0.86, divided by the sum over the five actions: 0.31
-    advantage    +0.5, if what followed was worth 0.5 more than the critic had expected
+    advantage    +0.5: what followed was better than the critic had expected (made-up number)
     loss         -ratio * 0.5, where ratio is the new probability over the old one, at first 1
 
-The gradient of this loss makes the action likelier, until the ratio reaches 1.2 or the policy has
-moved far in other states.
+The gradient of this loss makes the action more likely. PPO stops it at a ratio of 1.2, and stops
+the whole update where the policy has moved too far on average.
 
 Sections 2 to 7 are the method, and section 7 is the training loop, which you see whole. The rest
 is not needed to understand it: 8 keeps the LM's language, 9 computes the same numbers faster, 10
 loads an LM and puts the parts together, 11 to 13 are for several processes, a run's folder and the
 command line. "Untrained" is the LM as it comes, before any of this training.
 
-Where we leave the paper's code (its settings stand beside ours in section 1; what is not listed
-follows it, but for the two worlds, which are rewritten, and for speed):
+Where we leave the paper's code. All that is not listed follows it, except that the two worlds are
+rewritten and that some things are computed faster. Its settings stand beside ours in section 1.
 
     section 2  The words that join observation and goal are ours.
     section 4  LoRA is in all linear layers of the last blocks, not in queries and values of all.
@@ -38,7 +38,7 @@ follows it, but for the two worlds, which are rewritten, and for speed):
     section 5  A time limit is no end.
     section 6  Advantages are divided by their standard deviation + 1.
     section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
-    section 7  A rollout without any reward is thrown away.
+    section 7  A rollout in which all rewards are 0 is thrown away.
     section 8  The LM rehearses its language.
 """
 
@@ -80,18 +80,18 @@ from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
 
 
-# === 1. Settings: the same values serve every LM and every task that we tried. ====================
+# === 1. Settings: the same values for both LMs and all tasks that we tried. =======================
 @dataclass
 class Settings:
     """Each line is a flag of the command line, such as --n_envs 8."""
 
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
-    task: str | None = None  # default: the first task of the environment
-    steps: int | None = None  # decisions to learn from; default: the task's; paper: from 50,000
+    task: str | None = None  # default: tomato-salad or food-preparation
+    steps: int | None = None  # decisions to learn from; default: see STEPS there; paper: 50,000 on
     gamma: float | None = None  # of a primitive step; overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
-    model: str = "pocket_lm"  # the LM that comes along, or a folder or Hub id; paper: LLaMA-7B
+    model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
     norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda if there is one, else cpu
     dtype: str = "float32"  # of the frozen LM: float32, bfloat16 or float16; paper: float16
@@ -101,10 +101,10 @@ class Settings:
     rollout_steps: int = 64  # decisions in each environment between two updates; paper: 32
     gae_lambda: float = 0.95  # trades bias against variance of the advantage; paper: 0.95
     # PPO
-    epochs: int = 2  # passes over a rollout; more make the LM forget more language; paper: 1
+    epochs: int = 2  # passes over a rollout; with more the LM forgets more language; paper: 1
     minibatches: int = 2  # gradient steps in each epoch; more are slower; paper: 4
-    policy_lr: float = 2e-3  # learning rate of LoRA; a small LM takes large steps; paper: 5e-7
-    value_lr: float = 1e-3  # learning rate of the critic; paper: 1e-5 or 5e-5
+    policy_lr: float = 2e-3  # of LoRA, for LMs of up to 135M weights; paper (7B): 5e-7
+    value_lr: float = 1e-3  # of the critic; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range; paper: 0.2
     ent_coef: float = 0.0  # entropy bonus; a bonus keeps policies random at the end; paper: 0.01
     target_kl: float = 0.02  # an update stops beyond this KL divergence; paper: 0.02
@@ -236,7 +236,8 @@ def encode(tokenizer, prompt, phrases):
     distinct = set(map(str.strip, phrases)) - {""}
     all_differ = len(distinct) == len(phrases)
     require(phrases and all_differ, f"the environment offers no, blank or equal phrases: {phrases}")
-    end, longest = len(prompt), tokenizer.model_max_length
+    end = len(prompt)
+    longest = tokenizer.model_max_length
     prompts, action_ids = [], []
     for phrase in phrases:
         text = tokenizer(f"{prompt} {phrase}", return_offsets_mapping=True)
@@ -363,9 +364,10 @@ def make_critic(n_inputs):
 
 class Agent(nn.Module):
     """pi(a | s) and V(s), the expected discounted return. A state s is a pair: the prompt, and a
-    tuple of the offered actions' phrases. `score` finds log P of the actions."""
+    tuple of the offered actions' phrases. `score` finds log P of the actions. Baselines (in
+    experiments/) are subclasses with another wrapper and another `learn`."""
 
-    wrapper = TextEnv  # Baselines in experiments/ have another one, and another `learn`.
+    wrapper = TextEnv
 
     def __init__(self, model, tokenizer, settings, score=plain_log_probs):
         super().__init__()
@@ -388,14 +390,14 @@ class Agent(nn.Module):
         """log pi(. | s) for B states: B tensors (K,), with gradients."""
         encoded = [encode(self.tokenizer, *state) for state in states]
         joint = self.score(self.model, encoded)  # log P(a | s), B tensors (K,)
-        policies = []
+        log_pis = []
         for (_, phrases), (_, action_ids), log_probs in zip(states, encoded, joint, strict=True):
             n_tokens = lengths(action_ids)
             n_words = lengths(phrase.split() for phrase in phrases)
             scores = normalize(log_probs.cpu(), n_tokens, n_words, self.settings.norm)
             # pi(a | s) = exp(score of a) / sum over all actions of exp(score)   (Eq. 2, 3 or 4)
-            policies.append(F.log_softmax(scores, dim=-1))
-        return policies
+            log_pis.append(F.log_softmax(scores, dim=-1))
+        return log_pis
 
     @torch.no_grad()
     def cached_log_policy(self, states):
@@ -411,7 +413,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def features(self, states):
         """The critic's inputs (B, D): the hidden state of the prompt's last token after the last
-        block, with the adapter off. So they do not drift during training, and can be cached."""
+        layer, not of the phrases. The adapter is off: with it the inputs would shift with each
+        gradient step of the actor, and could not be cached."""
         if len(self.feature_cache) > CACHE_SIZE:
             self.feature_cache.clear()
         for prompt, phrases in states:
@@ -487,13 +490,13 @@ def collect(agent, envs, settings, rng):
     for t in range(T):
         current = [env.state() for env in envs]
         states.extend(current)
-        policies = agent.cached_log_policy(current)
-        for n, env in enumerate(envs):
-            a = sample(policies[n], rng)
-            choice[t, n] = a
-            log_prob[t, n] = policies[n][a]
-            reward[t, n], discount[t, n] = env.step(a)
-            done[t, n] = env.done
+        log_pis = agent.cached_log_policy(current)
+        for i, env in enumerate(envs):
+            a = sample(log_pis[i], rng)
+            choice[t, i] = a
+            log_prob[t, i] = log_pis[i][a]
+            reward[t, i], discount[t, i] = env.step(a)
+            done[t, i] = env.done
             next_states.append(env.state())
             if env.done:
                 env.reset()
@@ -519,14 +522,12 @@ METRICS = "policy_loss", "entropy", "approx_kl", "clip_fraction"
 def policy_loss(log_pi, choice, old_log_prob, advantage, clip_coef, ent_coef):
     """PPO's loss (Schulman et al., 2017) of m decisions, added up, and its METRICS.
 
-    A rollout visits few distinct states, and each goes through the LM only once. So decisions are
-    grouped by state, and these m were all taken in the same one. For each of them
-
         r = pi(a | s) / pi_old(a | s)
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
 
-    log_pi is (K,); choice, old_log_prob and advantage are (m,). At first pi is pi_old and r is 1.
-    Where A > 0 and r > 1 + eps, or A < 0 and r < 1 - eps, L is constant and its gradient is 0.
+    log_pi is (K,), choice, old_log_prob and advantage are (m,): all m were taken in the same state.
+    In the first minibatch of an update pi is still pi_old, so r is 1, up to rounding. Where A > 0
+    and r > 1 + eps, or A < 0 and r < 1 - eps, L is constant and its gradient is 0.
 
     Example: of two actions with probability 1/2 the first turned out well, A = 0.5. After some
     gradient steps its probability is 0.65, r = 1.3 is beyond 1.2, and the loss stays -1.2 * 0.5.
@@ -556,7 +557,9 @@ def minibatches(n, settings, rng):
 
 
 def backward_policy_loss(agent, rollout, advantage, batch, settings):
-    """Add the gradient of the policy loss, the mean over a minibatch. Returns the METRICS (4,)."""
+    """Add the gradient of the policy loss, the mean over a minibatch. Returns the METRICS (4,). A
+    rollout has few distinct states, so decisions are grouped by state and each state goes through
+    the LM once."""
     decisions = {}  # state -> the indices of the decisions that were taken in it
     for i in batch:
         decisions.setdefault(rollout.states[i], []).append(i)
@@ -592,23 +595,26 @@ def take_step(optimizer, max_grad_norm):
 
 def update(agent, rollout, settings, rng):
     """Move the actor towards decisions that turned out better than expected, but not far, and the
-    critic towards the returns."""
+    critic towards the returns. The gradient of three losses is added up:
+
+        policy_loss + 1/2 (V - R)^2 + extra_loss     (LoRA, the critic, LoRA again: section 8)
+    """
     # The paper divides by the standard deviation. But where nothing happened, the advantages are
-    # only the critic's small errors, which this would blow up to size 1, that of a success. With
-    # std + 1 they stay small.
+    # only the critic's errors, of say 0.01, which this would blow up to 1. Divided by std + 1 they
+    # stay 0.01, while a success, which is worth about 1, keeps its size.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage = advantage / (advantage.std(correction=0) + 1)
     metrics, value_losses = [], []
-    for batch in minibatches(len(rollout.states), settings, rng):
+    for i, batch in enumerate(minibatches(len(rollout.states), settings, rng)):
         agent.optimizer.zero_grad()
         metrics.append(average(backward_policy_loss(agent, rollout, advantage, batch, settings)))
-        _, _, kl, _ = metrics[-1]
-        if value_losses and kl > settings.target_kl:
+        kl = metrics[-1][METRICS.index("approx_kl")]
+        if i > 0 and kl > settings.target_kl:
             # The policy is too far from the one that collected the rollout: the update ends, also
             # for the critic, and this gradient is dropped.
             break
         # L = mean 1/2 (V - R)^2. The paper clips the change of V, as it clips the ratio.
-        value = agent.value([rollout.states[i] for i in batch])
+        value = agent.value([rollout.states[d] for d in batch])
         value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
         value_loss.backward()
         value_losses.append(average(value_loss.detach()))
@@ -632,8 +638,8 @@ def evaluate(agent, new_env, n_episodes, rng):
     envs = [new_env() for _ in range(n_episodes)]
     playing = envs
     while playing:
-        policies = agent.cached_log_policy([env.state() for env in playing])
-        for env, log_pi in zip(playing, policies, strict=True):
+        log_pis = agent.cached_log_policy([env.state() for env in playing])
+        for env, log_pi in zip(playing, log_pis, strict=True):
             env.step(sample(log_pi, rng))
         playing = [env for env in playing if not env.done]
     outcomes = [(env.info["success"], env.discounted_return, env.length) for env in envs]
@@ -674,9 +680,9 @@ def train(agent, new_env, settings, run):
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, settings, rng)
         run.decisions += decisions_per_update
-        # Where nothing was earned, all advantages are only errors of the critic: discard the
-        # rollout and play on. The paper's code learns from it. Our way makes the critic optimistic,
-        # as it sees fewer failures. In Overcooked, where each step costs something, it never acts.
+        # Where all rewards are 0, the advantages are only errors of the critic: discard the rollout
+        # and play on. The paper's code learns from it. The cost of our rule is that the critic sees
+        # fewer failures and expects too much. In Overcooked no reward is 0: each step costs 0.001.
         if not average(rollout.reward.abs().sum()):
             give_up = run.decisions >= 100 * settings.steps
             require(not give_up, f"nothing was earned in {run.decisions:,} decisions")
@@ -695,9 +701,9 @@ def train(agent, new_env, settings, run):
 
 # === 8. Not the paper's: rehearse what the LM would say, so that it forgets less of its language. =
 class Rehearsal:
-    """Pseudo-rehearsal (Robins, 1995): an extra loss, which keeps the LM's predictions along texts
-    that it wrote itself as they were. Each call returns coef * KL(p_0 || p) on one of 32 texts,
-    where p_0 is the untrained LM."""
+    """RL on a few sentences makes an LM forget some of its language. Against this, an extra loss
+    (pseudo-rehearsal; Robins, 1995) keeps its predictions along texts that it wrote itself as they
+    were. Each call returns coef * KL(p_0 || p) on one of 32 texts; p_0 is the untrained LM."""
 
     def __init__(self, model, vocab_size, coef):
         self.model = model
@@ -764,8 +770,9 @@ def as_tree(encoded):
 
 class FrozenBlocks(nn.Module):
     """All blocks below LoRA, as one module in the place of the first of them. They are frozen, so
-    the hidden state of a prefix after them never changes, and is cached. The other frozen blocks
-    are replaced by FrozenBlocks([]), which do nothing, so that the numbering of blocks stays."""
+    the hidden state of a prefix after them never changes, and is cached. In the places of the other
+    frozen blocks stand FrozenBlocks([]), which pass on what they get: peft finds LoRA's weights by
+    the number of their block, so the list must keep its length."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -796,7 +803,7 @@ class TreeScorer:
     tokens before it, as in a row of its own. So the LM computes the same for it."""
 
     def __init__(self, model):
-        """Replace the model's frozen blocks. LoRA, which peft finds by number, must be there."""
+        """Replace the frozen blocks of a model that has LoRA."""
         blocks = decoder_blocks(model)
         n_frozen = sum(not trainable(block) for block in blocks)
         self.frozen = FrozenBlocks(blocks[:n_frozen])
@@ -831,8 +838,9 @@ class TreeScorer:
         return joint.split([len(action_ids) for _, action_ids in encoded])  # B tensors (K,)
 
 
-# For these families a test compares the tree with the definition. In others it may matter how far
-# apart two nodes stand (sliding windows, ALiBi), or which one is next (state-space models).
+# For these families test_twosome.py compares the tree with the definition. In others it may matter
+# how far apart two nodes stand (sliding windows, ALiBi), or tokens are read strictly in order
+# (state-space models).
 TREE_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3"]
 TREE_FAMILIES += ["gpt2", "gpt_neox", "opt", "phi"]
 
@@ -906,8 +914,8 @@ def make_agent(settings):
 # update then learns from the decisions of all. When one fails, torchrun ends the others.
 def start_processes():
     if N_PROCESSES > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available():  # one GPU for each process of a machine
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- only the first process speaks
@@ -1127,6 +1135,8 @@ def parse(argv, defaults):
     config = dict(defaults)
     if resumed or evaluated:
         config = read_config(resumed or evaluated)
+    if evaluated:
+        config["rehearsal_coef"] = 0.0  # Nothing is learned.
     may_change = not resumed or given.keys() <= {"steps", "device", "max_prompts"}
     require(may_change, "--resume goes only with --steps, --device and --max_prompts")
     if "env" in given:  # The other environment has its own.
