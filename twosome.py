@@ -38,6 +38,7 @@ rewritten and that some things are computed faster. Its settings stand beside ou
     section 5  A time limit is no end.
     section 6  Advantages are divided by their standard deviation + 1.
     section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
+    section 7  The entropy bonus falls to 0.
     section 7  A rollout in which all rewards are 0 is thrown away.
     section 8  The LM rehearses its language.
 """
@@ -56,7 +57,7 @@ import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import get_args
@@ -106,7 +107,7 @@ class Settings:
     policy_lr: float = 2e-3  # of LoRA, for LMs of up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range; paper: 0.2
-    ent_coef: float = 0.0  # entropy bonus; a bonus keeps policies random at the end; paper: 0.01
+    ent_coef: float = 0.01  # entropy bonus at first, against settling too early; paper: 0.01
     target_kl: float = 0.02  # an update stops beyond this KL divergence; paper: 0.02
     max_grad_norm: float = 0.5  # gradients are clipped to this norm; paper: 0.5
     rehearsal_coef: float = 0.1  # weight of the loss that keeps the LM's language; paper: none
@@ -670,11 +671,13 @@ def train(agent, new_env, settings, run):
     # disable=None shows the bar only in a terminal.
     bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
     while len(run.rows) < n_updates:
-        # Both learning rates fall linearly to 0.
+        # The learning rates fall linearly to 0, and so does the entropy bonus, which would keep the
+        # policy random at the end. The paper's bonus is constant.
         remaining = 1 - len(run.rows) / n_updates
         actor, critic = agent.optimizer.param_groups
         actor["lr"] = remaining * settings.policy_lr
         critic["lr"] = remaining * settings.value_lr
+        present = replace(settings, ent_coef=remaining * settings.ent_coef)
 
         # Play, and judge each decision by what followed.
         rng = run.rng(f"decision {run.decisions}")
@@ -689,7 +692,7 @@ def train(agent, new_env, settings, run):
             continue
 
         # Learn: the gradient steps of PPO.
-        metrics = agent.learn(rollout, settings, rng)
+        metrics = agent.learn(rollout, present, rng)
 
         # Log how the agent does in new episodes. A rollout has more short ones, so it is biased.
         rng = run.rng(f"update {len(run.rows)}")
