@@ -230,6 +230,7 @@ SMALL = twosome.make_settings(
     rollout_steps=12,
     target_kl=1e9,
     max_grad_norm=1e9,
+    ent_coef=0.0,
     epochs=1,
     minibatches=1,
     max_prompts=32,
@@ -505,7 +506,7 @@ class Guesser(nn.Module):
 
     def learn(self, rollout, settings, rng):
         actor, critic = self.optimizer.param_groups
-        return {"actor": actor["lr"], "critic": critic["lr"]}
+        return {"actor": actor["lr"], "critic": critic["lr"], "bonus": settings.ent_coef}
 
 
 class Notebook:
@@ -606,9 +607,10 @@ def test_a_rollout_without_reward_is_thrown_away():
 def test_learning_rates_fall_to_zero():
     """Otherwise the policy would not settle at the end, or a resumed run begin with large steps."""
     run = Notebook()
-    settings = small(rollout_steps=4, steps=32, test_episodes=1, policy_lr=4.0, value_lr=8.0)
+    settings = small(rollout_steps=4, steps=32, policy_lr=4.0, value_lr=8.0, ent_coef=12.0)
     twosome.train(Guesser(), toy_env, settings, run)
-    assert [(row["actor"], row["critic"]) for row in run.rows] == [(4, 8), (3, 6), (2, 4), (1, 2)]
+    rates = [(row["actor"], row["critic"], row["bonus"]) for row in run.rows]
+    assert rates == [(4, 8, 12), (3, 6, 9), (2, 4, 6), (1, 2, 3)]
 
 
 # === PPO ==========================================================================================
