@@ -49,6 +49,7 @@ from twosome import Agent, TextEnv, UserError, encode, plain_log_probs, trainabl
 from virtualhome_text import ROOMS, VirtualHomeText
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A background job ignores it.
 ROOT = Path(__file__).resolve().parent
 twosome.EVALUATION_EPISODES = 2  # small runs
 # For the libraries' own authors; peft about GPT-2's transposed matrices.
