@@ -72,7 +72,6 @@ def clean(tmp_path, monkeypatch):
     """Each test in an empty folder, with the same random numbers."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    random.seed(0)
 
 
 def close(a, b, tolerance=1e-4):
