@@ -170,8 +170,8 @@ def build_prompt(obs, goal):
     4. Alternative actions: one action is worded by the situation. With empty hands it is "walk to
        the cutting board", with full hands "put the raw tomato on the cutting board".
 
-    We tried twenty ways to join the two; an untrained LM does best with "The first step to ... is
-    to" (experiments/wording.py).
+    We tried twenty ways to join the two. By a rule that was set before (experiments/wording.py),
+    "The first step to ... is to" is the one with which an untrained LM does best.
     >>> build_prompt("You hold the raw tomato.", "make a soup")
     'You hold the raw tomato. The first step to make a soup is to'
     """
