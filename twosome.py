@@ -33,9 +33,9 @@ Where we leave the paper's code. All that is not listed follows it, except that 
 rewritten and that some things are computed faster. Its settings stand beside ours in section 1.
 
     section 2  The words that join observation and goal are ours.
+    section 2  A time limit is no end.
     section 4  LoRA is in all linear layers of the last blocks, not in queries and values of all.
     section 4  The critic begins as V = 0, not at random.
-    section 5  A time limit is no end.
     section 6  Advantages are divided by their standard deviation + 1.
     section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
     section 7  The entropy bonus falls to 0.
@@ -901,11 +901,11 @@ def load_lm(name, device="cpu", dtype="float32"):
     return model, tokenizer
 
 
-def make_agent(settings):
+def make_agent(settings, kind=Agent, lora=add_lora):
     """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
     model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
-    model = add_lora(model)
-    agent = Agent(model, tokenizer, settings, choose_scorer(model))
+    model = lora(model)
+    agent = kind(model, tokenizer, settings, choose_scorer(model))
     if settings.rehearsal_coef:
         agent.extra_loss = Rehearsal(model, tokenizer.vocab_size, settings.rehearsal_coef)
     return agent
@@ -1107,15 +1107,17 @@ def make_env(agent, settings):
     return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
 
 
-def read_config(path):
-    """The settings of a run, by name."""
+def read_config(path, **changes):
+    """The settings of a run, by name, with changes."""
     try:
         config = json.loads(Path(path, "config.json").read_text())
         del config["method"]
         Settings(**config)
-        return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the folder of a run: {error!r}") from error
+    if "env" in changes:  # The other environment has its own.
+        config |= {"task": None, "gamma": None, "steps": None}
+    return config | changes
 
 
 def parse(argv, defaults):
@@ -1135,16 +1137,14 @@ def parse(argv, defaults):
     modes.add_argument("--evaluate", metavar="RUN", help="play 100 other episodes")
     given = vars(parser.parse_args(argv))  # only what was typed
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
-    config = dict(defaults)
-    if resumed or evaluated:
-        config = read_config(resumed or evaluated)
-    if evaluated:
-        config["rehearsal_coef"] = 0.0  # Nothing is learned.
     may_change = not resumed or given.keys() <= {"steps", "device", "max_prompts"}
     require(may_change, "--resume goes only with --steps, --device and --max_prompts")
-    if "env" in given:  # The other environment has its own.
-        config |= {"task": None, "gamma": None, "steps": None}
-    return make_settings(**config | given), resumed, evaluated
+    values = defaults | given
+    if resumed or evaluated:
+        values = read_config(resumed or evaluated, **given)
+    if evaluated:
+        values["rehearsal_coef"] = 0.0  # Nothing is learned.
+    return make_settings(**values), resumed, evaluated
 
 
 def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):

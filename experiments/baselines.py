@@ -42,6 +42,16 @@ DEFAULTS = {
 }
 
 
+def update_with_eps(agent, rollout, eps, settings, rng):
+    """PPO's update, where the advantages A are divided by their standard deviation + eps instead of
+    + 1: with c = 1 / eps, c A / (std(c A) + 1) is the same as A / (std(A) + eps)."""
+    scaled = replace(rollout, advantage=rollout.advantage / eps)
+    metrics = twosome.update(agent, scaled, settings, rng)
+    # The variance of c A is c^2 times that of A.
+    unexplained = (1 - metrics["explained_variance"]) * eps**2
+    return metrics | {"explained_variance": 1 - unexplained}
+
+
 class Baseline(Agent):
     """An agent without LoRA: `model` acts, and `critic` is what is learned beside it."""
 
@@ -103,14 +113,8 @@ class SymbolicAgent(Baseline):
         return torch.tensor([numbers for numbers, _ in states])
 
     def learn(self, rollout, settings, rng):
-        """PPO's update. It divides the advantages A by their standard deviation + 1, which was
-        searched for TWOSOME. For this agent + 0.1 was better: 10 A / (std(10 A) + 1) is the same
-        as A / (std(A) + 0.1)."""
-        scaled = replace(rollout, advantage=10 * rollout.advantage)
-        metrics = super().learn(scaled, settings, rng)
-        # The variance of 10 A is 100 times that of A.
-        unexplained = (1 - metrics["explained_variance"]) / 100
-        return metrics | {"explained_variance": 1 - unexplained}
+        """PPO's update. The + 1 was searched for TWOSOME. For this agent + 0.1 was better."""
+        return update_with_eps(self, rollout, 0.1, settings, rng)
 
 
 # === SayCan =======================================================================================
@@ -223,10 +227,7 @@ def read_method(folder):
 def load_run(folder, **changes):
     """Return (settings, agent) of a run of any method. `changes` are to the settings. The agent is
     there to be looked at, and so it does not write the texts that training rehearses."""
-    config = twosome.read_config(folder)
-    if "env" in changes:
-        config |= {"task": None, "gamma": None, "steps": None}
-    settings = twosome.make_settings(**config | changes)
+    settings = twosome.make_settings(**twosome.read_config(folder, **changes))
     method = read_method(folder)
     agent = make_agent(replace(settings, rehearsal_coef=0.0), method)
     twosome.Run(folder, settings, method).load(agent)

@@ -13,6 +13,7 @@ compute by hand. It is mended when the two logs are the same but for the last co
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -56,20 +57,10 @@ class ShortAgent(twosome.Agent):
         return values[:, 0]
 
 
-def make_agent(settings):
-    """As twosome.make_agent, with the class above."""
-    model, tokenizer = twosome.load_lm(settings.model, settings.device, settings.dtype)
-    model = twosome.add_lora(model)
-    agent = ShortAgent(model, tokenizer, settings, twosome.choose_scorer(model))
-    vocabulary = tokenizer.vocab_size
-    agent.extra_loss = twosome.Rehearsal(model, vocabulary, settings.rehearsal_coef)
-    return agent
-
-
 if __name__ == "__main__":
     twosome.main(
         sys.argv[1:],
         defaults={"env": "virtualhome", "out": "runs/planted-bug"},
-        make_agent=make_agent,
+        make_agent=partial(twosome.make_agent, kind=ShortAgent),
         program=sys.argv[0],
     )

@@ -122,11 +122,18 @@ for words in (
 
 # === E5. Departures: what the paper's code does, each alone. ======================================
 class SmallEps(Agent):
-    """The update divides A by std(A) + 1. With c A for a large c that is A / (std(A) + 1 / c)."""
+    """The advantages are divided by their standard deviation + 1e-8."""
 
     def learn(self, rollout, settings, rng):
-        rollout = replace(rollout, advantage=1e8 * rollout.advantage)
-        return super().learn(rollout, settings, rng)
+        return baselines.update_with_eps(self, rollout, 1e-8, settings, rng)
+
+
+class ConstantBonus(Agent):
+    """The entropy bonus does not fall to 0."""
+
+    def learn(self, rollout, settings, rng):
+        constant = replace(settings, ent_coef=self.settings.ent_coef)
+        return super().learn(rollout, constant, rng)
 
 
 class LimitEnds(TextEnv):
@@ -194,7 +201,7 @@ DEPARTURES = {
     "no rehearsal": Variant({"rehearsal_coef": 0.0}),
     "one epoch of four minibatches": Variant({"epochs": 1, "minibatches": 4}),
     "separate updates, V clipped": Variant(kind=SeparateUpdates),
-    "entropy bonus 0.01": Variant({"ent_coef": 0.01}),
+    "a constant entropy bonus": Variant(kind=ConstantBonus),
 }
 VARIANTS = DEPARTURES | {norm: Variant({"norm": norm}) for norm in NORMS}
 for name, reword in PROMPTS.items():
@@ -266,13 +273,8 @@ def make_agent(job, settings):
     if job.label in baselines.DEFAULTS:
         return baselines.make_agent(settings, job.label)
     variant = VARIANTS.get(job.label, Variant())
-    model, tokenizer = twosome.load_lm(settings.model, settings.device, settings.dtype)
-    model = variant.lora(model)
-    agent = variant.kind(model, tokenizer, settings, twosome.choose_scorer(model))
+    agent = twosome.make_agent(settings, variant.kind, variant.lora)
     agent.wrapper = variant.wrapper
-    coef = settings.rehearsal_coef
-    if coef:
-        agent.extra_loss = twosome.Rehearsal(model, tokenizer.vocab_size, coef)
     return agent
 
 
