@@ -492,8 +492,9 @@ class Guesser(nn.Module):
 
     wrapper, logits = TextEnv, torch.zeros(2)
 
-    def __init__(self, settings=None):
+    def __init__(self, settings=SMALL):
         super().__init__()
+        self.settings = settings
         self.model, self.critic = nn.Linear(1, 1), nn.Linear(1, 1)
         groups = [{"params": part.parameters()} for part in (self.model, self.critic)]
         self.optimizer = torch.optim.SGD(groups, lr=0.0)
@@ -504,9 +505,9 @@ class Guesser(nn.Module):
     def value(self, states):
         return torch.ones(len(states))
 
-    def learn(self, rollout, settings, rng):
+    def learn(self, rollout, ent_coef, rng):
         actor, critic = self.optimizer.param_groups
-        return {"actor": actor["lr"], "critic": critic["lr"], "bonus": settings.ent_coef}
+        return {"actor": actor["lr"], "critic": critic["lr"], "bonus": ent_coef}
 
 
 class Notebook:
@@ -534,7 +535,7 @@ class Notebook:
 def a_rollout(agent):
     settings = agent.settings
     envs = [twosome.make_env(agent, settings) for _ in range(settings.n_envs)]
-    return twosome.collect(agent, envs, settings, random.Random(0))
+    return twosome.collect(agent, envs, random.Random(0))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -562,15 +563,15 @@ def test_gamma_counts_within_a_macro_action_as_after_it():
 def test_time_limit_is_no_end():
     """Otherwise the critic would learn that states lose their worth when the clock, which is no
     part of the prompt, runs out; or an episode would flow back into the one before it."""
-    agent, envs = Guesser(), [toy_env()]
+    agent, envs = Guesser(small(rollout_steps=3)), [toy_env()]
     agent.logits = torch.tensor([0.0, -torch.inf])  # It always waits, and expects 1.
-    rollout = twosome.collect(agent, envs, small(rollout_steps=3), random.Random(0))
+    rollout = twosome.collect(agent, envs, random.Random(0))
     delta = 0.25 * 1 - 1  # also where the time limit is reached, after two decisions
     expected = [delta + 0.25 * 0.95 * delta, delta, delta]
     assert rollout.advantage.tolist() == pytest.approx(expected)
     assert torch.equal(rollout.returns, 1 + rollout.advantage)
     agent.logits = torch.tensor([-torch.inf, 0.0])  # It always ends the episode.
-    rollout = twosome.collect(agent, envs, small(rollout_steps=3), random.Random(0))
+    rollout = twosome.collect(agent, envs, random.Random(0))
     assert rollout.returns.tolist() == rollout.choice.tolist() == [1, 1, 1]
 
 
@@ -585,8 +586,7 @@ def test_evaluation_by_hand():
 def test_a_rollout_without_reward_is_thrown_away():
     """Otherwise the critic's errors would pass for advantages, and wear down the prior that is to
     lead to a reward; or a hopeless run would never end, or play the same again and again."""
-    agent, run = Guesser(), Notebook()
-    settings = small(rollout_steps=4, steps=24, test_episodes=1)
+    agent, run = Guesser(small(rollout_steps=4, steps=24, test_episodes=1)), Notebook()
 
     class Late(Toy):
         """It earns nothing in the first three rollouts."""
@@ -596,19 +596,19 @@ def test_a_rollout_without_reward_is_thrown_away():
             return float(run.decisions >= 24)
 
     new_env = partial(toy_env, Late)
-    twosome.train(agent, new_env, settings, run)
+    twosome.train(agent, new_env, run)
     assert len(run.rows) == 3 and run.decisions == 48
     assert len(set(run.purposes)) == len(run.purposes)  # Each has random numbers of its own.
     Late.reward = 0.0
     with pytest.raises(UserError, match="nothing was earned in 2,400 decisions"):
-        twosome.train(agent, new_env, settings, Notebook())
+        twosome.train(agent, new_env, Notebook())
 
 
 def test_learning_rates_fall_to_zero():
     """Otherwise the policy would not settle at the end, or a resumed run begin with large steps."""
     run = Notebook()
     settings = small(rollout_steps=4, steps=32, policy_lr=4.0, value_lr=8.0, ent_coef=12.0)
-    twosome.train(Guesser(), toy_env, settings, run)
+    twosome.train(Guesser(settings), toy_env, run)
     rates = [(row["actor"], row["critic"], row["bonus"]) for row in run.rows]
     assert rates == [(4, 8, 12), (3, 6, 9), (2, 4, 6), (1, 2, 3)]
 
@@ -616,7 +616,8 @@ def test_learning_rates_fall_to_zero():
 # === PPO ==========================================================================================
 def learn(agent, rollout, **changes):
     """Update the agent, and return the metrics and the last gradients of LoRA."""
-    metrics = agent.learn(rollout, small(**changes), random.Random(0))
+    agent.settings = small(**changes)
+    metrics = agent.learn(rollout, agent.settings.ent_coef, random.Random(0))
     return metrics, [p.grad for p in trainable(agent.model).values()]
 
 
@@ -631,14 +632,12 @@ def test_policy_loss_by_hand():
     """Otherwise the policy would be pushed on beyond 1 +- eps, or held back on the way home."""
     ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1])
     advantage = torch.tensor([1.0, 1, -1, -1, 2])
-    log_pi, choice = torch.tensor([0.25, 0.75]).log(), torch.tensor([0, 1, 0, 1, 1])
-    old = log_pi[choice] - ratio.log()
-    loss, metrics = twosome.policy_loss(log_pi, choice, old, advantage, 0.2, 0.01)
-    surrogate = 1.2 + 0.5 - 1.5 - 0.8 + 2.2
-    entropy = 5 * (0.25 * math.log(4) + 0.75 * math.log(4 / 3))
-    kl = (ratio - 1 - ratio.log()).sum().item()
-    assert metrics.tolist() == pytest.approx([-surrogate, entropy, kl, 4], abs=1e-5)
-    assert loss.item() == pytest.approx(-surrogate - 0.01 * entropy, abs=1e-5)
+    new, entropy = torch.rand(5).log(), torch.rand(5)
+    found = twosome.policy_loss(new, new - ratio.log(), entropy, advantage, 0.2, 0.01)
+    surrogate = torch.tensor([1.2, 0.5, -1.5, -0.8, 2.2])
+    clipped = torch.tensor([1.0, 1, 1, 1, 0])
+    expected = torch.stack([-surrogate, entropy, ratio - 1 - ratio.log(), clipped])
+    assert close(found, [-surrogate - 0.01 * entropy, expected])
 
 
 def test_value_loss_by_hand():
@@ -675,7 +674,7 @@ def test_first_ratio_of_an_update_is_one(dtype, max_prompts):
     assert {p.dtype for p in trainable(agent).values()} == {torch.float32}
     rollout = a_rollout(agent)
     policies = agent.cached_log_policy(rollout.states)
-    for policy, i, log_prob in zip(policies, rollout.choice, rollout.log_prob, strict=True):
+    for policy, i, log_prob in zip(policies, rollout.choice, rollout.old_log_pi_a, strict=True):
         assert policy[i] == log_prob
     metrics, _ = learn(agent, rollout, max_prompts=max_prompts)
     assert metrics["approx_kl"] < 1e-6 and metrics["clip_fraction"] == 0
@@ -701,11 +700,13 @@ def test_gradient_is_the_policy_gradient():
     advantage = torch.tensor([1.0, -2.0, -1.0, 1.0, 1.0, 0.0])
     rollout.advantage = advantage + 7  # Their mean, 7, plays no part.
     policies = agent.log_policy(rollout.states)
+    entropy = torch.cat(policies).exp().dot(-torch.cat(policies)) / len(policies)
     chosen = [log_pi[i] for log_pi, i in zip(policies, rollout.choice, strict=True)]
-    loss = -(torch.stack(chosen) * advantage / (advantage.std(correction=0) + 1)).mean()
+    loss = -(torch.stack(chosen) * advantage / (advantage.std(correction=0) + 0.1)).mean()
     expected = torch.autograd.grad(loss, list(trainable(agent.model).values()))
     for max_prompts in (1, 2):
-        _, found = learn(copy.deepcopy(agent), rollout, max_prompts=max_prompts)
+        metrics, found = learn(copy.deepcopy(agent), rollout, max_prompts=max_prompts)
+        assert metrics["entropy"] == pytest.approx(entropy.item(), abs=1e-5)
         assert close(found, expected, 1e-5) and found[0].abs().max() > 1e-3
 
 
@@ -749,9 +750,9 @@ def test_the_method_stands_alone():
     torch.manual_seed(1)
     model = alone["add_lora"](AutoModelForCausalLM.from_pretrained(ROOT / "pocket_lm"))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "pocket_lm")
-    settings, run = alone["Settings"](**flags), Notebook()
-    agent = alone["Agent"](model, tokenizer, settings)
-    alone["train"](agent, lambda: alone["TextEnv"](OvercookedText(), 0.99), settings, run)
+    run = Notebook()
+    agent = alone["Agent"](model, tokenizer, alone["Settings"](**flags))
+    alone["train"](agent, lambda: alone["TextEnv"](OvercookedText(), 0.99), run)
 
     twosome.main([f"--{name}={value}" for name, value in flags.items()] + ["--out=run"])
     for row, expected in zip(metrics("run"), run.rows, strict=True):
@@ -932,11 +933,11 @@ def test_folder_of_a_run(finished):
     files = "adapter checkpoint.pt config.json metrics.csv summary.json"
     assert sorted(os.listdir(finished)) == files.split()
     rows, results = metrics(finished), summary(finished)
-    assert [row["env_steps"] for row in rows] == ["12", "24", "36"]
+    assert [row["decisions"] for row in rows] == ["12", "24", "36"]
     assert numbers(finished)[0].isfinite().all()
     needed = "success return length entropy clip_fraction explained_variance"
     assert rows[0].keys() >= set(needed.split())
-    assert results["task"] == "tomato-salad" and results["env_steps"] == 36
+    assert results["task"] == "tomato-salad" and results["decisions"] == 36
     assert results["before"].keys() == results["after"].keys() == {"success", "return", "length"}
 
 
@@ -1081,7 +1082,7 @@ def test_two_processes_stay_equal():
     assert done.returncode and "this one fails" in done.stderr
     one, two = (torch.load(f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one.keys() == two.keys() and close(one.values(), two.values(), 0)
-    assert [row["env_steps"] for row in metrics("run")] == ["32", "64"]
+    assert [row["decisions"] for row in metrics("run")] == ["32", "64"]
     assert done.stdout.count("after training:") == 1  # Only the first process speaks.
     one, two = checkpoint("run")["envs"]
     assert one != two  # Each plays its own episodes.
@@ -1197,13 +1198,13 @@ def test_a_finished_run_can_train_on(toy):
     """Otherwise who sees that it was too short would have to begin again. It may also begin with no
     steps, which is the untrained LM."""
     twosome.main([*toy, "--steps", "0", "--out", "run"], make_agent=Guesser)
-    assert summary("run")["before"] and summary("run")["env_steps"] == 0
+    assert summary("run")["before"] and summary("run")["decisions"] == 0
     twosome.main(["--resume", "run", "--steps", "16"], make_agent=Guesser)
     twosome.main(["--resume", "run"], make_agent=Guesser)
-    assert [row["env_steps"] for row in metrics("run")] == ["8", "16"]
+    assert [row["decisions"] for row in metrics("run")] == ["8", "16"]
     twosome.main(["--resume", "run", "--steps", "32"], make_agent=Guesser)
-    assert [row["env_steps"] for row in metrics("run")] == ["8", "16", "24", "32"]
-    assert summary("run")["steps"] == summary("run")["env_steps"] == 32
+    assert [row["decisions"] for row in metrics("run")] == ["8", "16", "24", "32"]
+    assert summary("run")["steps"] == summary("run")["decisions"] == 32
 
 
 def test_ctrl_c_in_the_last_evaluation(toy):
@@ -1622,8 +1623,7 @@ def test_walkthrough():
     env.step(0)
     prompt, phrases = env.state()
     (log_probs,) = plain_log_probs(model, [encode(tokenizer, prompt, phrases)])
-    n_words = twosome.lengths(map(str.split, phrases))
-    policy = twosome.normalize(log_probs, None, n_words, "word").softmax(0)
+    policy = twosome.normalize(log_probs, None, phrases, "word").softmax(0)
     shown = twosome.__doc__
     assert f"{phrases[2]}\n" in re.sub(r" +\(.*\)", "", shown) and prompt[-40:] in shown
     for number in (log_probs[2], log_probs[2] / 8, policy[2]):

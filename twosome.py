@@ -57,7 +57,7 @@ import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import get_args
@@ -150,10 +150,6 @@ def chunks(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def lengths(sequences):
-    return torch.tensor([len(sequence) for sequence in sequences])
-
-
 def trainable(module):
     """The parameters that training changes, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -235,15 +231,15 @@ def encode(tokenizer, prompt, phrases):
     its start and end in the text. In "to chop" they are (0, 2) and (2, 7). The tokens that start
     where the prompt ends, or later, are the action's."""
     distinct = set(map(str.strip, phrases)) - {""}
-    all_differ = len(distinct) == len(phrases)
-    require(phrases and all_differ, f"the environment offers no, blank or equal phrases: {phrases}")
+    fine = 0 < len(phrases) == len(distinct)
+    require(fine, f"the environment offers no, blank or equal phrases: {phrases}")
     end = len(prompt)
-    longest = tokenizer.model_max_length
     prompts, action_ids = [], []
     for phrase in phrases:
         text = tokenizer(f"{prompt} {phrase}", return_offsets_mapping=True)
         ids, offsets = text["input_ids"], text["offset_mapping"]
-        require(len(ids) <= longest, f"a prompt has {len(ids)} tokens, the LM reads {longest}")
+        too_long = f"a prompt has {len(ids)} tokens, the LM reads {tokenizer.model_max_length}"
+        require(len(ids) <= tokenizer.model_max_length, too_long)
         # A special token, such as an end of text, has the offsets (0, 0).
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
         # The space between the two may belong to either, but no token may go on beyond it.
@@ -266,7 +262,7 @@ def plain_log_probs(model, encoded):
     (Eq. numbers are the paper's.) `encoded` has B pairs from `encode`. Returns B float32 tensors
     (K,), with gradients. There is no factor for the end of the text: what follows the action does
     not matter. For most LMs make_agent chooses a faster way to the same numbers (section 9)."""
-    joint = []
+    log_probs = []
     for prompt_ids, action_ids in encoded:
         rows = [torch.tensor(prompt_ids + ids) for ids in action_ids]
         targets = [torch.tensor(ids) for ids in action_ids]
@@ -277,13 +273,13 @@ def plain_log_probs(model, encoded):
         logits = model(input_ids=rows, use_cache=False).logits  # (K, L, vocabulary)
         # Position t predicts token t + 1: the prompt's last token predicts the action's first.
         logits = logits[:, len(prompt_ids) - 1 : -1].float().flatten(0, 1)
-        minus_log_probs = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        joint.append(-minus_log_probs.view(targets.shape).sum(-1))  # (K,)
-    return joint
+        minus_log = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        log_probs.append(-minus_log.view(targets.shape).sum(-1))  # (K,)
+    return log_probs
 
 
-def normalize(log_probs, n_tokens, n_words, norm):
-    """Make actions of different lengths comparable; the policy is the softmax of the result.
+def normalize(log_probs, action_ids, phrases, norm):
+    """Make actions of different lengths comparable; the policy is the softmax of the result (K,).
 
     A longer phrase has more factors below 1, and so a smaller product. Dividing its log by n takes
     the n-th root: the geometric mean over the action's tokens (Eq. 3) or words (Eq. 4).
@@ -299,18 +295,19 @@ def normalize(log_probs, n_tokens, n_words, norm):
     divides by 3 for both of the longer phrases. Any division has a price: it makes the policy more
     random, as a log P of -6 becomes one of -2.
 
+    >>> phrases = ["wait", "chop the egg", "chop the aubergine"]
+    >>> action_ids = [[7], [1, 2, 3], [1, 2, 4, 5, 6]]
     >>> log_probs = torch.tensor([0.01, 0.1 * 0.8 * 0.1, 0.1 * 0.8 * 0.05 * 0.99 * 0.99]).log()
-    >>> n_tokens, n_words = torch.tensor([1, 3, 5]), torch.tensor([1, 3, 3])
-    >>> scores = [normalize(log_probs, n_tokens, n_words, n) for n in ("none", "token", "word")]
-    >>> print(torch.stack(scores, dim=1).softmax(0).numpy().round(3))
-    [[0.456 0.019 0.027]
-     [0.365 0.37  0.544]
-     [0.179 0.611 0.429]]
+    >>> for norm in ("none", "token", "word"):
+    ...     print(normalize(log_probs, action_ids, phrases, norm).softmax(0).numpy().round(3))
+    [0.456 0.365 0.179]
+    [0.019 0.37  0.611]
+    [0.027 0.544 0.429]
     """
     if norm == "none":
         return log_probs
-    n = n_tokens if norm == "token" else n_words
-    return log_probs / n
+    parts = action_ids if norm == "token" else [phrase.split() for phrase in phrases]
+    return log_probs / torch.tensor([len(part) for part in parts])
 
 
 # === 4. Agent: the actor is the frozen LM with LoRA, the critic an MLP on the frozen LM. ==========
@@ -338,12 +335,8 @@ def add_lora(model):
         if is_linear and module in adapted and not skipped:
             names.append(name)
     require(names, f"{model.name_or_path} has no linear layers for LoRA; choose another LM")
-    config = LoraConfig(
-        r=8,  # the rank, as in the paper
-        lora_alpha=16,
-        target_modules=names,
-        task_type="CAUSAL_LM",
-    )
+    # r is the rank, and lora_alpha / r is the factor 16 / 8. Both are the paper's.
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
     # eval() turns dropout off: a gradient step must see the policy that collected the rollout.
     return get_peft_model(model, config).eval()
 
@@ -370,11 +363,12 @@ class Agent(nn.Module):
 
     wrapper = TextEnv
 
-    def __init__(self, model, tokenizer, settings, score=plain_log_probs):
+    def __init__(self, model, tokenizer, settings, score=plain_log_probs, extra_loss=None):
         super().__init__()
         self.model = model  # the LM with LoRA
         self.tokenizer = tokenizer
         self.score = score
+        self.extra_loss = extra_loss  # another loss of the actor (section 8)
         self.settings = settings
         # The critic is small and stays on the CPU. Policies are moved to it.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
@@ -382,7 +376,6 @@ class Agent(nn.Module):
         # rates. eps is the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
         groups = [{"params": trainable(part).values()} for part in (self.model, self.critic)]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5)
-        self.extra_loss = None  # a function that returns another loss of the actor (section 8)
         # Two caches: the frozen LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
@@ -390,14 +383,12 @@ class Agent(nn.Module):
     def log_policy(self, states):
         """log pi(. | s) for B states: B tensors (K,), with gradients."""
         encoded = [encode(self.tokenizer, *state) for state in states]
-        joint = self.score(self.model, encoded)  # log P(a | s), B tensors (K,)
+        log_probs = self.score(self.model, encoded)  # log P(a | s): B tensors (K,)
         log_pis = []
-        for (_, phrases), (_, action_ids), log_probs in zip(states, encoded, joint, strict=True):
-            n_tokens = lengths(action_ids)
-            n_words = lengths(phrase.split() for phrase in phrases)
-            scores = normalize(log_probs.cpu(), n_tokens, n_words, self.settings.norm)
-            # pi(a | s) = exp(score of a) / sum over all actions of exp(score)   (Eq. 2, 3 or 4)
-            log_pis.append(F.log_softmax(scores, dim=-1))
+        for (_, phrases), (_, action_ids), log_p in zip(states, encoded, log_probs, strict=True):
+            logits = normalize(log_p.cpu(), action_ids, phrases, self.settings.norm)
+            # pi(a | s) = exp(logit of a) / sum over all actions of exp(logit)   (Eq. 2, 3 or 4)
+            log_pis.append(logits.log_softmax(-1))
         return log_pis
 
     @torch.no_grad()
@@ -411,7 +402,6 @@ class Agent(nn.Module):
             self.policy_cache.update(zip(chunk, self.log_policy(chunk), strict=True))
         return [self.policy_cache[state] for state in states]
 
-    @torch.no_grad()
     def features(self, states):
         """The critic's inputs (B, D): the hidden state of the prompt's last token after the last
         layer, not of the phrases. The adapter is off: with it the inputs would shift with each
@@ -431,15 +421,15 @@ class Agent(nn.Module):
         """V(s) for B states: (B,), with gradients for the critic only."""
         return self.critic(self.features(states)).squeeze(-1)
 
-    def learn(self, rollout, settings, rng):
+    def learn(self, rollout, ent_coef, rng):
         """Improve actor and critic by PPO (section 6). Returns the metrics."""
-        return update(self, rollout, settings, rng)
+        return update(self, rollout, ent_coef, rng)
 
 
 # === 5. Playing: act by the present policy, and judge each decision by what followed. =============
 def sample(log_pi, rng):
     """Draw an action from the policy in one state. Returns its index."""
-    return rng.choices(range(len(log_pi)), weights=log_pi.exp().tolist())[0]
+    return rng.choices(range(len(log_pi)), log_pi.exp().tolist())[0]
 
 
 def gae(reward, discount, value, next_value, done, gae_lambda):
@@ -475,19 +465,20 @@ class Rollout:
 
     states: list  # n of them
     choice: torch.Tensor  # (n,) int: which of the offered actions was taken
-    log_prob: torch.Tensor  # (n,) log pi_old of that action
+    old_log_pi_a: torch.Tensor  # (n,) log pi_old(a | s) of that action
     reward: torch.Tensor  # (n,)
     advantage: torch.Tensor  # (n,) how much better than V_old(s) it turned out
     returns: torch.Tensor  # (n,) the critic's target: V_old + advantage
 
 
-def collect(agent, envs, settings, rng):
+@torch.no_grad()
+def collect(agent, envs, rng):
     """Take T decisions in each of N environments. An unfinished episode goes on in the next
     rollout, and the critic's value stands for the rest of it."""
-    T, N = settings.rollout_steps, len(envs)
+    T, N = agent.settings.rollout_steps, len(envs)
     states, next_states = [], []
     choice = torch.zeros(T, N, dtype=torch.long)
-    log_prob, reward, discount, done = torch.zeros(4, T, N)
+    old_log_pi_a, reward, discount, done = torch.zeros(4, T, N)
     for t in range(T):
         current = [env.state() for env in envs]
         states.extend(current)
@@ -495,20 +486,19 @@ def collect(agent, envs, settings, rng):
         for i, env in enumerate(envs):
             a = sample(log_pis[i], rng)
             choice[t, i] = a
-            log_prob[t, i] = log_pis[i][a]
+            old_log_pi_a[t, i] = log_pis[i][a]
             reward[t, i], discount[t, i] = env.step(a)
             done[t, i] = env.done
             next_states.append(env.state())
             if env.done:
                 env.reset()
-    with torch.no_grad():
-        value = agent.value(states).view(T, N)
-        next_value = agent.value(next_states).view(T, N)
-    advantage = gae(reward, discount, value, next_value, done, settings.gae_lambda)
+    value = agent.value(states).view(T, N)
+    next_value = agent.value(next_states).view(T, N)
+    advantage = gae(reward, discount, value, next_value, done, agent.settings.gae_lambda)
     return Rollout(
         states=states,
         choice=choice.flatten(),
-        log_prob=log_prob.flatten(),
+        old_log_pi_a=old_log_pi_a.flatten(),
         reward=reward.flatten(),
         advantage=advantage.flatten(),
         returns=(value + advantage).flatten(),
@@ -520,32 +510,31 @@ def collect(agent, envs, settings, rng):
 METRICS = "policy_loss", "entropy", "approx_kl", "clip_fraction"
 
 
-def policy_loss(log_pi, choice, old_log_prob, advantage, clip_coef, ent_coef):
-    """PPO's loss (Schulman et al., 2017) of m decisions, added up, and its METRICS.
+def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef):
+    """PPO's loss (Schulman et al., 2017) of each of m decisions, and its METRICS (4, m).
 
         r = pi(a | s) / pi_old(a | s)
         L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
 
-    log_pi is (K,), choice, old_log_prob and advantage are (m,): all m were taken in the same state.
-    In the first minibatch of an update pi is still pi_old, so r is 1, up to rounding. Where A > 0
-    and r > 1 + eps, or A < 0 and r < 1 - eps, L is constant and its gradient is 0.
+    The tensors are (m,). In the first minibatch of an update pi is still pi_old, so r is 1, up to
+    rounding. Where A > 0 and r > 1 + eps, or A < 0 and r < 1 - eps, the first term is constant and
+    its gradient is 0: this decision has moved the policy far enough.
 
-    Example: of two actions with probability 1/2 the first turned out well, A = 0.5. After some
-    gradient steps its probability is 0.65, r = 1.3 is beyond 1.2, and the loss stays -1.2 * 0.5.
-    >>> log_pi, A = torch.tensor([0.65, 0.35]).log(), torch.tensor([0.5])
-    >>> policy_loss(log_pi, torch.tensor([0]), torch.tensor([0.5]).log(), A, 0.2, ent_coef=0.0)[0]
-    tensor(-0.6000)
+    Example: the decision turned out well, A = 0.5, and gradient steps have raised its probability
+    from 0.50 to 0.65. The ratio 1.3 is beyond 1.2, and the loss stays -1.2 * 0.5.
+    >>> new, old = torch.tensor([0.65]).log(), torch.tensor([0.50]).log()
+    >>> loss, _ = policy_loss(new, old, torch.zeros(1), torch.tensor([0.5]), 0.2, ent_coef=0.0)
+    >>> loss
+    tensor([-0.6000])
     """
-    log_ratio = log_pi[choice] - old_log_prob
+    log_ratio = log_pi_a - old_log_pi_a
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    surrogate = torch.min(ratio * advantage, clipped * advantage).sum()
-    # H = -sum_a pi(a | s) log pi(a | s), once for each of the m decisions
-    entropy = -(log_pi.exp() * log_pi).sum() * len(choice)
+    surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -surrogate - ent_coef * entropy
     # r - 1 - log r is never negative, and its mean estimates KL(pi_old || pi).
-    kl = (log_ratio.expm1() - log_ratio).sum()
-    metrics = torch.stack([-surrogate, entropy, kl, (ratio != clipped).sum()])
+    kl = log_ratio.expm1() - log_ratio
+    metrics = torch.stack([-surrogate, entropy, kl, (ratio != clipped).float()])
     return loss, metrics.detach()
 
 
@@ -557,30 +546,32 @@ def minibatches(n, settings, rng):
             yield order[part :: settings.minibatches]
 
 
-def backward_policy_loss(agent, rollout, advantage, batch, settings):
-    """Add the gradient of the policy loss, the mean over a minibatch. Returns the METRICS (4,). A
-    rollout has few distinct states, so decisions are grouped by state and each state goes through
-    the LM once."""
-    decisions = {}  # state -> the indices of the decisions that were taken in it
-    for i in batch:
-        decisions.setdefault(rollout.states[i], []).append(i)
+def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
+    """Add the gradient of the policy loss, averaged over the minibatch `batch`, to LoRA's. Returns
+    the means of METRICS (4,). Each distinct state goes through the LM once, however many of the
+    decisions were taken in it."""
     metrics = torch.zeros(4)
-    for states in chunks(sorted(decisions), settings.max_prompts):
-        loss = 0.0
-        for state, log_pi in zip(states, agent.log_policy(states), strict=True):
-            indices = decisions[state]
-            state_loss, state_metrics = policy_loss(
-                log_pi,
-                rollout.choice[indices],
-                rollout.log_prob[indices],
-                advantage[indices],
-                settings.clip_coef,
-                settings.ent_coef,
-            )
-            loss = loss + state_loss / len(batch)
-            metrics += state_metrics / len(batch)
-        loss.backward()  # The gradients of all chunks add up.
-    return metrics
+    distinct = sorted({rollout.states[i] for i in batch})
+    for states in chunks(distinct, agent.settings.max_prompts):
+        log_pis = dict(zip(states, agent.log_policy(states), strict=True))
+        decisions = [i for i in batch if rollout.states[i] in log_pis]
+        log_pi_a, entropy = [], []
+        for i in decisions:
+            log_pi = log_pis[rollout.states[i]]  # (K,)
+            log_pi_a.append(log_pi[rollout.choice[i]])
+            # H = -sum_a pi(a | s) log pi(a | s)
+            entropy.append(-(log_pi.exp() * log_pi).sum())
+        loss, chunk_metrics = policy_loss(
+            torch.stack(log_pi_a),
+            rollout.old_log_pi_a[decisions],
+            torch.stack(entropy),
+            advantage[decisions],
+            agent.settings.clip_coef,
+            ent_coef,
+        )
+        (loss.sum() / len(batch)).backward()  # The gradients of all chunks add up.
+        metrics += chunk_metrics.sum(1) / len(batch)
+    return average(metrics)
 
 
 def take_step(optimizer, max_grad_norm):
@@ -594,31 +585,31 @@ def take_step(optimizer, max_grad_norm):
     optimizer.step()
 
 
-def update(agent, rollout, settings, rng):
+def update(agent, rollout, ent_coef, rng):
     """Move the actor towards decisions that turned out better than expected, but not far, and the
     critic towards the returns. The gradient of three losses is added up:
 
         policy_loss + 1/2 (V - R)^2 + extra_loss     (LoRA, the critic, LoRA again: section 8)
     """
+    settings = agent.settings
     # The paper divides by the standard deviation. But where nothing happened, the advantages are
-    # only the critic's errors, of say 0.01, which this would blow up to 1. Divided by std + 1 they
-    # stay 0.01, while a success, which is worth about 1, keeps its size.
+    # only the critic's errors, of say 0.01, which this would blow up to 1. Divided by std + 0.1
+    # they become 0.1, while those of a success, which is worth about 1, stay as large as in PPO.
     advantage = rollout.advantage - rollout.advantage.mean()
-    advantage = advantage / (advantage.std(correction=0) + 1)
+    advantage /= advantage.std(correction=0) + 0.1
     metrics, value_losses = [], []
-    for i, batch in enumerate(minibatches(len(rollout.states), settings, rng)):
+    for batch in minibatches(len(rollout.states), settings, rng):
         agent.optimizer.zero_grad()
-        metrics.append(average(backward_policy_loss(agent, rollout, advantage, batch, settings)))
-        kl = metrics[-1][METRICS.index("approx_kl")]
-        if i > 0 and kl > settings.target_kl:
-            # The policy is too far from the one that collected the rollout: the update ends, also
-            # for the critic, and this gradient is dropped.
-            break
         # L = mean 1/2 (V - R)^2. The paper clips the change of V, as it clips the ratio.
-        value = agent.value([rollout.states[d] for d in batch])
+        value = agent.value([rollout.states[i] for i in batch])
         value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
         value_loss.backward()
         value_losses.append(average(value_loss.detach()))
+        metrics.append(backward_policy_loss(agent, rollout, advantage, batch, ent_coef))
+        if metrics[-1][METRICS.index("approx_kl")] > settings.target_kl:
+            # The policy is too far from the one that collected the rollout: the update ends, and
+            # the gradients of this minibatch are dropped.
+            break
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
         take_step(agent.optimizer, settings.max_grad_norm)
@@ -655,9 +646,10 @@ def describe(result):
     )
 
 
-def train(agent, new_env, settings, run):
+def train(agent, new_env, run):
     """Play, judge, learn, log. `new_env` makes a wrapped environment. `run` keeps log and
     checkpoints, and makes random numbers, seeded by what they are for (section 12)."""
+    settings = agent.settings
     envs = [new_env() for _ in range(settings.n_envs)]
     run.restore(agent, envs)
     if run.before is None:
@@ -677,25 +669,24 @@ def train(agent, new_env, settings, run):
         actor, critic = agent.optimizer.param_groups
         actor["lr"] = remaining * settings.policy_lr
         critic["lr"] = remaining * settings.value_lr
-        present = replace(settings, ent_coef=remaining * settings.ent_coef)
+        ent_coef = remaining * settings.ent_coef
 
         # Play, and judge each decision by what followed.
         rng = run.rng(f"decision {run.decisions}")
-        rollout = collect(agent, envs, settings, rng)
+        rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
         # Where all rewards are 0, the advantages are only errors of the critic: discard the rollout
         # and play on. The paper's code learns from it. The cost of our rule is that the critic sees
         # fewer failures and expects too much. In Overcooked no reward is 0: each step costs 0.001.
         if not average(rollout.reward.abs().sum()):
-            give_up = run.decisions >= 100 * settings.steps
-            require(not give_up, f"nothing was earned in {run.decisions:,} decisions")
+            hopeful = run.decisions < 100 * settings.steps
+            require(hopeful, f"nothing was earned in {run.decisions:,} decisions")
             continue
 
         # Learn: the gradient steps of PPO.
-        metrics = agent.learn(rollout, present, rng)
+        metrics = agent.learn(rollout, ent_coef, rng)
 
         # Log how the agent does in new episodes. A rollout has more short ones, so it is biased.
-        rng = run.rng(f"update {len(run.rows)}")
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
@@ -725,15 +716,12 @@ class Rehearsal:
         with model.disable_adapter():
             self.texts = model.generate(first_tokens, generation_config=sampling)  # (32, 40)
 
-    def log_probs(self, text):
-        logits = self.model(input_ids=text[None], use_cache=False).logits
-        return F.log_softmax(logits[0].float(), dim=-1)  # (40, vocabulary)
-
     def __call__(self, rng):
-        text = rng.choice(self.texts)
-        with torch.no_grad(), self.model.disable_adapter():
-            log_p_0 = self.log_probs(text)
-        log_p = self.log_probs(text)
+        text = rng.choice(self.texts)[None]  # (1, 40)
+        with self.model.disable_adapter():  # Without LoRA nothing has a gradient.
+            untrained = self.model(input_ids=text, use_cache=False).logits
+        now = self.model(input_ids=text, use_cache=False).logits
+        log_p_0, log_p = torch.cat([untrained, now]).float().log_softmax(-1)  # (40, vocabulary)
         # KL(p_0 || p) = sum_w p_0(w) (log p_0(w) - log p(w)), averaged over the text's positions
         return self.coef * F.kl_div(log_p, log_p_0, reduction="batchmean", log_target=True)
 
@@ -758,11 +746,10 @@ def as_tree(encoded):
         for ids in action_ids:
             row = tuple(prompt_ids + ids)
             for end in range(1, len(row)):
-                prefix, next_token = row[:end], row[end]
-                node = nodes.setdefault(prefix, len(nodes))  # a known index, or a new one
+                node = nodes.setdefault(row[:end], len(nodes))  # a known index, or a new one
                 if end >= len(prompt_ids):
                     sources.append(node)
-                    targets.append(next_token)
+                    targets.append(row[end])  # the token that follows
     mask = torch.eye(len(nodes), dtype=torch.bool)
     for prefix, node in nodes.items():
         if len(prefix) > 1:
@@ -781,18 +768,19 @@ class FrozenBlocks(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.cache = {}  # node -> hidden state (D,)
-        # The nodes of this pass. TreeScorer sets them here, because the LM's forward has no
+        # The nodes of the next pass. TreeScorer leaves them here, because the LM's forward has no
         # argument for them. Other passes have none and are not cached.
-        self.nodes = None
+        self.nodes = ()
 
     def forward(self, hidden, *args, **kwargs):
-        if self.nodes and all(node in self.cache for node in self.nodes):
-            return torch.stack([self.cache[node] for node in self.nodes])[None]  # (1, L, D)
+        nodes, self.nodes = self.nodes, ()
+        if nodes and all(node in self.cache for node in nodes):
+            return torch.stack([self.cache[node] for node in nodes])[None]  # (1, L, D)
         for block in self.blocks:
             hidden = block(hidden, *args, **kwargs)  # (1, L, D)
         if len(self.cache) > CACHE_SIZE:
             self.cache.clear()
-        for i, node in enumerate(self.nodes or ()):
+        for i, node in enumerate(nodes):
             # A copy, because a view would keep the hidden states of the whole pass alive.
             self.cache[node] = hidden[0, i].clone()
         return hidden
@@ -819,26 +807,21 @@ class TreeScorer:
         positions = torch.tensor([len(node) - 1 for node in nodes], device=model.device)  # (L,)
         # The mask is added to attention's scores. It is finite, as some kernels make NaN of -inf.
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min)
-        # Logits are computed only for the nodes that predict a token of an action: `predictors`.
-        # which[i] is the row of logits for token i, as one node may predict several.
-        predictors, which = torch.tensor(sources, device=model.device).unique(return_inverse=True)
         self.frozen.nodes = nodes
-        try:
-            output = model(
-                input_ids=last_tokens[None],
-                position_ids=positions[None],
-                attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
-                logits_to_keep=predictors,
-                use_cache=False,
-            )
-        finally:
-            self.frozen.nodes = None
-        log_probs = F.log_softmax(output.logits[0].float(), dim=-1)[which, targets]
-        n_tokens = []
+        output = model(
+            input_ids=last_tokens[None],
+            position_ids=positions[None],
+            attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
+            logits_to_keep=torch.tensor(sources, device=model.device),
+            use_cache=False,
+        )
+        targets = torch.tensor(targets, device=model.device)
+        minus_log = F.cross_entropy(output.logits[0].float(), targets, reduction="none")
+        n_tokens = []  # of each action of each state
         for _, action_ids in encoded:
             n_tokens += map(len, action_ids)
-        joint = torch.stack([part.sum() for part in log_probs.split(n_tokens)])
-        return joint.split([len(action_ids) for _, action_ids in encoded])  # B tensors (K,)
+        log_probs = torch.stack([-part.sum() for part in minus_log.split(n_tokens)])
+        return log_probs.split([len(action_ids) for _, action_ids in encoded])  # B tensors (K,)
 
 
 # For these families test_twosome.py compares the tree with the definition. In others it may matter
@@ -859,11 +842,11 @@ def choose_scorer(model):
 
 # === 10. Loading: any causal LM, without running anybody's code. ==================================
 def load_lm(name, device="cpu", dtype="float32"):
-    """Return (model, tokenizer) from a folder or the Hub; refuse what would go wrong in silence."""
+    """Return (model, tokenizer) from a folder or the Hub."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(__file__).with_name(name) if name == "pocket_lm" else name
-    # Future warnings are for the libraries' authors.
+    # What the libraries print while loading is for their authors.
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -883,19 +866,19 @@ def load_lm(name, device="cpu", dtype="float32"):
             f"cannot load the LM {name} on {device} (--model takes the folder or Hub id of an LM, "
             f"--evaluate and --resume take the folder of a run): {error}"
         ) from error
-    if Path(path).is_dir():  # The adapter's files shall name the LM, but no private path.
-        model.name_or_path = Path(path).name
-    missing = ", ".join(loading["missing_keys"])
     # transformers fills missing weights with random numbers.
+    missing = loading["missing_keys"]
     require(not missing, f"the LM {name} lacks weights: {missing}")
-    # An encoder such as BERT would judge a word by the words after it.
+    # Change the third of three tokens: only in an encoder, such as BERT, the prediction at the
+    # second changes.
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
     with torch.no_grad():
         a, b = model(input_ids=ids).logits[:, 1].float()
-    causal = (a - b).abs().max() < 0.01 * a.abs().max()
+    causal = torch.allclose(a, b, 0.01, 0.01)
     require(causal, f"{name} is no causal LM: its logits depend on later words, or are NaN")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokenizer.model_max_length = context or tokenizer.model_max_length
+    model.name_or_path = Path(path).name  # LoRA's files shall name the LM, but no home folder.
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.model_max_length = longest or tokenizer.model_max_length
     if model.num_parameters() < 1e7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # Small matrices gain nothing from a second core.
     return model, tokenizer
@@ -905,10 +888,9 @@ def make_agent(settings, kind=Agent, lora=add_lora):
     """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
     model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
     model = lora(model)
-    agent = kind(model, tokenizer, settings, choose_scorer(model))
-    if settings.rehearsal_coef:
-        agent.extra_loss = Rehearsal(model, tokenizer.vocab_size, settings.rehearsal_coef)
-    return agent
+    coef = settings.rehearsal_coef
+    rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
+    return kind(model, tokenizer, settings, choose_scorer(model), rehearsal)
 
 
 # === 11. Several processes: each plays its own episodes, and averages keep their weights equal. ===
@@ -949,18 +931,16 @@ class Run:
         """Random numbers for one purpose. Each process has its own."""
         return random.Random(f"{purpose}, seed {self.config['seed']}, process {RANK}")
 
-    def seconds(self):
-        return time.perf_counter() - self.started
-
     def write(self, name, content):
         if RANK == 0:
             unfinished = self.path / f"{name}.tmp"
             unfinished.write_bytes(content)
-            os.replace(unfinished, self.path / name)
+            unfinished.replace(self.path / name)
 
     def log(self, metrics):
-        row = {"update": len(self.rows) + 1, "env_steps": self.decisions} | metrics
-        self.rows.append(row | {"seconds": self.seconds()})
+        row = {"update": len(self.rows) + 1, "decisions": self.decisions, **metrics}
+        row["seconds"] = time.perf_counter() - self.started
+        self.rows.append(row)
         table = io.StringIO()
         writer = csv.DictWriter(table, self.rows[0], lineterminator="\n")
         writer.writeheader()
@@ -974,7 +954,7 @@ class Run:
             "weights": trainable(agent),
             "optimizer": agent.optimizer.state_dict(),
             "envs": gather([env.env.get_state() for env in envs]),
-            "log": (self.rows, self.before, self.decisions, self.seconds()),
+            "log": (self.rows, self.before, self.decisions),
         }
         content = io.BytesIO()
         torch.save(checkpoint, content)
@@ -1005,13 +985,13 @@ class Run:
             require(n == N_PROCESSES, f"{self.path} was begun with {n} processes; use as many")
             for env, state in zip(envs, saved["envs"][RANK], strict=True):
                 env.obs, env.info = env.env.set_state(state)
-            self.rows, self.before, self.decisions, seconds = saved["log"]
-            self.started -= seconds  # so that seconds() goes on
+            self.rows, self.before, self.decisions = saved["log"]
+            if self.rows:
+                self.started -= self.rows[-1]["seconds"]  # The clock goes on.
 
     def finish(self, after):
         """Keep what came out."""
-        results = {"env_steps": self.decisions, "seconds": self.seconds()}
-        results |= {"before": self.before, "after": after}
+        results = {"decisions": self.decisions, "before": self.before, "after": after}
         self.write("summary.json", json.dumps(self.config | results, indent=2).encode())
 
 
@@ -1019,8 +999,7 @@ def claim_folder(settings, method):
     """Make the folder that --out names, or the first free one in runs/. mkdir fails where another
     program was faster, so that two runs never share a folder."""
     label = settings.norm if method == "twosome" else method
-    lm = "" if settings.model == "pocket_lm" else f"-{Path(settings.model).name}"
-    name = f"runs/{settings.task}-{label}-seed{settings.seed}{lm}"
+    name = f"runs/{settings.task}-{label}-seed{settings.seed}"
     names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
     for path in map(Path, names):
         with suppress(FileExistsError):
@@ -1036,7 +1015,7 @@ def show_episode(agent, new_env, rng):
     while not env.done:
         _, phrases = state = env.state()
         (log_pi,) = agent.cached_log_policy([state])
-        with torch.no_grad(), agent.model.disable_adapter():
+        with agent.model.disable_adapter():
             (untrained,) = agent.log_policy([state])
         a = sample(log_pi, rng)
         print(f"  {untrained[a].exp():.2f}  {log_pi[a].exp():.2f}  {phrases[a]}")
@@ -1044,15 +1023,15 @@ def show_episode(agent, new_env, rng):
     print(f"  success: {env.info['success']}, discounted return {env.discounted_return:.3f}")
 
 
-def report(agent, new_env, settings, run, purpose):
+def report(agent, new_env, run, purpose):
     """Play 100 episodes, print another one, and return the means of the 100."""
     result = evaluate(agent, new_env, EVALUATION_EPISODES, run.rng(purpose))
     if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
         show_episode(agent, new_env, run.rng(f"episode {purpose}"))
     print(f"\n{purpose}: {describe(result)}")
-    best = getattr(ENVS[settings.env], "OPTIMUM", {}).get(settings.task)
-    if best and settings.gamma == ENVS[settings.env].GAMMA:
-        print(f"the best possible return is {best:.3f}")
+    env = new_env().env
+    if hasattr(env, "OPTIMUM"):
+        print(f"the best possible return, with gamma {env.GAMMA}, is {env.OPTIMUM[env.task]:.3f}")
     return result
 
 
@@ -1062,37 +1041,34 @@ ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
 
 def make_settings(**values):
     """The settings, with those that depend on the task filled in. What would fail late is refused
-    by name."""
+    now, by name."""
     settings = Settings(**values)
     require(settings.env in ENVS, f"--env {settings.env} is unknown: {', '.join(ENVS)}")
     env = ENVS[settings.env]
     settings.task = settings.task or env.TASKS[0]
-    tasks = ", ".join(env.TASKS)
-    require(settings.task in env.TASKS, f"{settings.env} has no --task {settings.task}: {tasks}")
-    norms = "word", "token", "none"
-    require(settings.norm in norms, f"--norm {settings.norm} is none of {norms}")
+    require(
+        settings.task in env.TASKS,
+        f"--task {settings.task} is none of {settings.env}'s: {', '.join(env.TASKS)}",
+    )
+    require(settings.norm in ("word", "token", "none"), f"--norm {settings.norm} is unknown")
     settings.gamma = env.GAMMA if settings.gamma is None else settings.gamma
     settings.steps = env.STEPS[settings.task] if settings.steps is None else settings.steps
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
         settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
-    at_least_1 = "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts", "test_episodes"
+    highest = {"gamma": 1, "gae_lambda": 1, "minibatches": settings.n_envs * settings.rollout_steps}
     for name, value in vars(settings).items():
-        if not isinstance(value, str | None):
-            low = 1 if name in at_least_1 else 0
-            high = 1 if name in ("gamma", "gae_lambda") else 1e12
-            require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
-    decisions = settings.n_envs * settings.rollout_steps
-    require(
-        settings.minibatches <= decisions, f"--minibatches: a rollout has {decisions} decisions"
-    )
+        if isinstance(value, int | float):
+            low = isinstance(value, int) and name not in ("steps", "seed")
+            high = highest.get(name, 1e12)
+            require(low <= value <= high, f"--{name} {value} is not between {low:d} and {high:g}")
     return settings
 
 
 def try_env(settings):
     """Use each call of an environment once, before the LM is loaded."""
     try:
-        env = TextEnv(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
+        env = make_env(Agent, settings)
         state = env.env.get_state()
         env.state()
         env.step(0)
@@ -1137,42 +1113,39 @@ def parse(argv, defaults):
     modes.add_argument("--evaluate", metavar="RUN", help="play 100 other episodes")
     given = vars(parser.parse_args(argv))  # only what was typed
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
-    may_change = not resumed or given.keys() <= {"steps", "device", "max_prompts"}
-    require(may_change, "--resume goes only with --steps, --device and --max_prompts")
+    fixed = given.keys() - {"steps", "device", "max_prompts"}
+    require(not (resumed and fixed), "--resume goes only with --steps, --device and --max_prompts")
     values = defaults | given
     if resumed or evaluated:
         values = read_config(resumed or evaluated, **given)
-    if evaluated:
-        values["rehearsal_coef"] = 0.0  # Nothing is learned.
     return make_settings(**values), resumed, evaluated
 
 
 def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
-    """The command line. From Python, agent = main(["--env", "virtualhome"]). The other arguments
-    serve experiments/, where other methods and environments use this command line, too."""
+    """Train, or evaluate what was trained. From Python, agent = main(["--env", "virtualhome"]).
+    The other arguments let experiments/ train other agents with the same command line."""
     run = evaluated = None
     try:
         settings, resumed, evaluated = parse(argv, defaults or {})
         try_env(settings)
         start_processes()
-        path = resumed or evaluated or (claim_folder(settings, method) if RANK == 0 else None)
-        run = Run(gather(path)[0], settings, method)
+        path = resumed or evaluated or gather(RANK == 0 and claim_folder(settings, method))[0]
+        run = Run(path, settings, method)
         torch.manual_seed(settings.seed)
         agent = make_agent(settings)
         new_env = partial(make_env, agent, settings)
         if evaluated:
             run.load(agent)
-            report(agent, new_env, settings, run, "100 other episodes")
+            report(agent, new_env, run, "100 other episodes")
             return agent
         print(
             f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
             f"seed {settings.seed}; all settings and results are in {run.path}"
         )
-        train(agent, new_env, settings, run)
-        if RANK == 0 and hasattr(agent.model, "save_pretrained"):
+        train(agent, new_env, run)
+        if RANK == 0 and hasattr(agent.model, "save_pretrained"):  # A baseline has no LoRA.
             agent.model.save_pretrained(run.path / "adapter", save_embedding_layers=False)
-        after = report(agent, new_env, settings, run, "after training")
-        run.finish(after)
+        run.finish(report(agent, new_env, run, "after training"))
         print(f"More episodes: python {program} --evaluate {shlex.quote(str(run.path))}")
         return agent
     except (
@@ -1185,7 +1158,7 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         hint = ""
         if run and not evaluated:
             with suppress(OSError):
-                run.path.rmdir()  # This takes only an empty folder.
+                run.path.rmdir()  # only if nothing was saved in it
             if run.path.exists():
                 hint = f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
         sys.exit(f"{program}: {' '.join(str(error).split()) or 'interrupted'}{hint}")

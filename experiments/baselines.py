@@ -42,16 +42,6 @@ DEFAULTS = {
 }
 
 
-def update_with_eps(agent, rollout, eps, settings, rng):
-    """PPO's update, where the advantages A are divided by their standard deviation + eps instead of
-    + 1: with c = 1 / eps, c A / (std(c A) + 1) is the same as A / (std(A) + eps)."""
-    scaled = replace(rollout, advantage=rollout.advantage / eps)
-    metrics = twosome.update(agent, scaled, settings, rng)
-    # The variance of c A is c^2 times that of A.
-    unexplained = (1 - metrics["explained_variance"]) * eps**2
-    return metrics | {"explained_variance": 1 - unexplained}
-
-
 class Baseline(Agent):
     """An agent without LoRA: `model` acts, and `critic` is what is learned beside it."""
 
@@ -112,10 +102,6 @@ class SymbolicAgent(Baseline):
     def features(self, states):
         return torch.tensor([numbers for numbers, _ in states])
 
-    def learn(self, rollout, settings, rng):
-        """PPO's update. The + 1 was searched for TWOSOME. For this agent + 0.1 was better."""
-        return update_with_eps(self, rollout, 0.1, settings, rng)
-
 
 # === SayCan =======================================================================================
 class SkillEnv(TextEnv):
@@ -169,13 +155,13 @@ class SayCan(Baseline):
     def value(self, states):
         return torch.zeros(len(states))
 
-    def learn(self, rollout, settings, rng):
+    def learn(self, rollout, ent_coef, rng):
         """Cross-entropy of the predicted success of each action taken.
 
         L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
         """
         losses = []
-        for batch in twosome.minibatches(len(rollout.states), settings, rng):
+        for batch in twosome.minibatches(len(rollout.states), self.settings, rng):
             logits = self.affordance([rollout.states[i] for i in batch])
             chosen = [row[rollout.choice[i]] for row, i in zip(logits, batch, strict=True)]
             # With V = 0 and a discount of 0 the return is the action's own reward.
@@ -183,7 +169,7 @@ class SayCan(Baseline):
             loss = F.binary_cross_entropy_with_logits(torch.stack(chosen), y)
             self.optimizer.zero_grad()
             loss.backward()
-            twosome.take_step(self.optimizer, settings.max_grad_norm)
+            twosome.take_step(self.optimizer, self.settings.max_grad_norm)
             losses.append(loss.item())
         self.policy_cache.clear()
         return {"value_loss": sum(losses) / len(losses)}
@@ -202,7 +188,7 @@ class RandomAgent(Baseline):
     def value(self, states):
         return torch.zeros(len(states))
 
-    def learn(self, rollout, settings, rng):
+    def learn(self, rollout, ent_coef, rng):
         return {}
 
 

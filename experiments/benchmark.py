@@ -85,11 +85,11 @@ class PlainAgent(Agent):
             rows.append(super().features([state[:2]]))
         return torch.cat(rows)
 
-    def learn(self, rollout, settings, rng):
+    def learn(self, rollout, ent_coef, rng):
         """A number makes each state another one, so that the update does not merge decisions."""
         self.learning = True
         states = [(*state, i) for i, state in enumerate(rollout.states)]
-        return super().learn(replace(rollout, states=states), settings, rng)
+        return super().learn(replace(rollout, states=states), ent_coef, rng)
 
 
 def make_agent(settings, way):
@@ -142,10 +142,10 @@ def run_updates(settings, way, n):
     updates, decisions = [], []
     for _ in range(n):
         seconds.clear()
-        rollout = timed(seconds, "all", twosome.collect, agent, envs, settings, rng)
+        rollout = timed(seconds, "all", twosome.collect, agent, envs, rng)
         playing = dict(seconds)
         seconds.clear()
-        timed(seconds, "all", agent.learn, rollout, settings, rng)
+        timed(seconds, "all", agent.learn, rollout, settings.ent_coef, rng)
         learning = dict(seconds)
         total = playing["all"] + learning["all"]
         updates.append({"texts": texts, "all": total, "playing": playing, "learning": learning})

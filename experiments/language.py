@@ -85,7 +85,7 @@ def language(model, tokenizer):
     for beginning, endings in cloze():
         encoded = encode(tokenizer, beginning, endings)
         (log_probs,) = plain_log_probs(model, [encoded])
-        scores = log_probs / twosome.lengths(encoded[1])
+        scores = twosome.normalize(log_probs, encoded[1], None, "token")
         right.append(scores.argmax().item() == 0)
     return math.exp(nats / n), sum(right) / len(right)
 

@@ -286,11 +286,11 @@ def learning_curve(agent, folder, settings):
     saved = twosome.Run(folder, settings, "twosome").load(agent)
     rows, before, decisions, _ = saved["log"]
     if before:
-        rows = [{"env_steps": 0, **before}, *rows]
+        rows = [{"decisions": 0, **before}, *rows]
     log = []
     for row in rows:
         if "success" in row:  # It is missing with --test_episodes 0.
-            log.append([row["env_steps"], row["success"], row["return"]])
+            log.append([row["decisions"], row["success"], row["return"]])
     return decisions, log
 
 

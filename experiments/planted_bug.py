@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+
 import twosome  # noqa: E402
 
 
@@ -47,7 +49,7 @@ class ShortAgent(twosome.Agent):
             _, action_ids = twosome.encode(self.tokenizer, *state)
             words = [phrase.split() for phrase in state[1]]
             ends = {"word": words, "token": action_ids, "none": [[0]] * len(words)}
-            n = twosome.lengths(ends[self.settings.norm])
+            n = torch.tensor([len(end) for end in ends[self.settings.norm]])
             policies.append((joint.cpu() / n).log_softmax(-1))
         return policies
 

@@ -69,7 +69,7 @@ def draw_line(axis, curves, metric, style):
     color, dashes = style
     lines = []
     for curve in curves:
-        x = np.array([float(row["env_steps"]) for row in curve])
+        x = np.array([float(row["decisions"]) for row in curve])
         y = np.array([float(row[metric]) for row in curve])
         axis.plot(x, y, color=color, linewidth=0.6, alpha=0.6)
         lines.append((x, y))
@@ -143,7 +143,7 @@ def read_curve(run):
             curve = list(csv.DictReader(file))
         if (run / "summary.json").exists():
             untrained = json.loads((run / "summary.json").read_text())["before"]
-            curve.insert(0, {"env_steps": 0} | untrained)
+            curve.insert(0, {"decisions": 0} | untrained)
     except (OSError, ValueError) as error:
         raise UserError(f"{run} has no readable log: {error}") from error
     require(curve, f"{run} has no row in its log")

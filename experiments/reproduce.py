@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
@@ -122,18 +123,20 @@ for words in (
 
 # === E5. Departures: what the paper's code does, each alone. ======================================
 class SmallEps(Agent):
-    """The advantages are divided by their standard deviation + 1e-8."""
+    """The advantages A are divided by their standard deviation + 1e-8: with c = 1e7 the update's
+    c A / (std(c A) + 0.1) is the same as A / (std(A) + 1e-8)."""
 
-    def learn(self, rollout, settings, rng):
-        return baselines.update_with_eps(self, rollout, 1e-8, settings, rng)
+    def learn(self, rollout, ent_coef, rng):
+        scaled = replace(rollout, advantage=1e7 * rollout.advantage)
+        # Its explained_variance is not used.
+        return super().learn(scaled, ent_coef, rng)
 
 
 class ConstantBonus(Agent):
     """The entropy bonus does not fall to 0."""
 
-    def learn(self, rollout, settings, rng):
-        constant = replace(settings, ent_coef=self.settings.ent_coef)
-        return super().learn(rollout, constant, rng)
+    def learn(self, rollout, ent_coef, rng):
+        return super().learn(rollout, self.settings.ent_coef, rng)
 
 
 class LimitEnds(TextEnv):
@@ -168,7 +171,8 @@ class SeparateUpdates(Agent):
         # In the actor's update the critic gets no gradient, and so Adam leaves it alone.
         return value.detach().requires_grad_() if self.learns_actor else value
 
-    def learn(self, rollout, settings, rng):
+    def learn(self, rollout, ent_coef, rng):
+        settings = self.settings
         old = rollout.returns - rollout.advantage
         for batch in twosome.minibatches(len(rollout.states), settings, rng):
             value = self.value([rollout.states[i] for i in batch])
@@ -178,7 +182,7 @@ class SeparateUpdates(Agent):
             (0.5 * errors.square().amax(0).mean()).backward()
             twosome.take_step(self.optimizer, settings.max_grad_norm)
         self.learns_actor = True
-        metrics = super().learn(rollout, settings, rng)
+        metrics = super().learn(rollout, ent_coef, rng)
         self.learns_actor = False
         return metrics
 
@@ -280,8 +284,8 @@ def make_agent(job, settings):
 
 def get_curve(run):
     """Decisions, success and return: untrained, and in each row of the log."""
-    before = run.before | {"env_steps": 0}
-    return [(row["env_steps"], row["success"], row["return"]) for row in [before, *run.rows]]
+    before = run.before | {"decisions": 0}
+    return [(row["decisions"], row["success"], row["return"]) for row in [before, *run.rows]]
 
 
 def decisions_to_90(curve):
@@ -310,14 +314,14 @@ class WatchedRun(twosome.Run):
     def save(self, agent, envs):
         settings = agent.settings
         played = len(self.rows) * settings.n_envs * settings.rollout_steps
-        begun = self.seconds()
+        begun = time.perf_counter()
         to_90 = decisions_to_90(get_curve(self))
         came = True, to_90 is not None, 2 * played >= settings.steps
         unseen = self.before.setdefault("unseen", {})
         for moment, has_come in zip(MOMENTS, came, strict=False):
             if has_come and f"all six, {moment}" not in unseen:
                 unseen |= ask_unseen(agent, moment)
-        self.started += self.seconds() - begun
+        self.started += time.perf_counter() - begun
         super().save(agent, envs)
 
 
@@ -350,7 +354,8 @@ def measure(job, agent, run, data):
     x, y, _ = np.array(curve).T
     equal = np.linspace(0, twosome.ENVS[agent.settings.env].STEPS[job.task], 1000)
     to_90 = decisions_to_90(curve)
-    row = {"decisions": run.decisions, "seconds": run.seconds(), "to_90": to_90}
+    seconds = run.rows[-1]["seconds"] if run.rows else 0.0
+    row = {"decisions": run.decisions, "seconds": seconds, "to_90": to_90}
     row["to_90_or_all"] = run.decisions if to_90 is None else to_90
     row["area"] = np.interp(equal, x, y).mean()
     row["success"], row["return"] = exact(agent, agent.settings)
@@ -374,12 +379,12 @@ def run_job(job, out, data, commit):
         kind = WatchedRun if job.label in NORMS and job.task == TRAINED else twosome.Run
         run = kind(path, settings, job.label)
         try:
-            twosome.train(agent, partial(twosome.make_env, agent, settings), settings, run)
+            twosome.train(agent, partial(twosome.make_env, agent, settings), run)
         except UserError as error:
             row["note"] = error
         row |= measure(job, agent, run, data)
     shutil.rmtree(path)
-    names = "env_steps", "success", "return"
+    names = "decisions", "success", "return"
     curve = [job.row() | dict(zip(names, point, strict=True)) for point in get_curve(run)]
     return row, curve
 
@@ -470,7 +475,7 @@ class Results:
         for row in read_csv(folder / "curves.csv"):
             curves = self.curves[row["label"], row["task"]]
             # A job that was interrupted between its two files left a curve that comes again.
-            curves.setdefault(row["seed"], {})[int(row["env_steps"])] = row
+            curves.setdefault(row["seed"], {})[int(row["decisions"])] = row
 
     def numbers(self, label, task, column):
         return [float(row[column]) for row in self.rows[label, task] if row.get(column)]

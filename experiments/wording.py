@@ -96,10 +96,8 @@ def untrained_success(lm, world, wording):
             return [None] * len(NORMS)
         # The joint log-probabilities serve all three normalisations.
         for state, pair, joint in zip(states, encoded, score(model, encoded), strict=True):
-            n_tokens = twosome.lengths(pair[1])
-            n_words = twosome.lengths(phrase.split() for phrase in state[1])
             for norm in NORMS:
-                scores[norm][state] = twosome.normalize(joint, n_tokens, n_words, norm)
+                scores[norm][state] = twosome.normalize(joint, pair[1], state[1], norm)
     return [world.success(scores[norm]) for norm in NORMS]
 
 
