@@ -29,14 +29,16 @@ is not needed to understand it: 8 keeps the LM's language, 9 computes the same n
 loads an LM and puts the parts together, 11 to 13 are for several processes, a run's folder and the
 command line. "Untrained" is the LM as it comes, before any of this training.
 
-Where we leave the paper's code. All that is not listed follows it, except that the two worlds are
-rewritten and that some things are computed faster. Its settings stand beside ours in section 1.
+From the paper and its code come the policy and its three normalisations, the rules for prompts,
+LoRA and critic on one frozen LM, what the critic sees, macro-actions, PPO with its clipping and its
+early stop, and learning rates that fall to 0. Its settings stand beside ours in section 1. The two
+worlds are rewritten from their description, and section 9 is ours. We leave the paper's code here:
 
     section 2  The words that join observation and goal are ours.
     section 2  A time limit is no end.
     section 4  LoRA is in all linear layers of the last blocks, not in queries and values of all.
     section 4  The critic begins as V = 0, not at random.
-    section 6  Advantages are divided by their standard deviation + 1.
+    section 6  Advantages are divided by their standard deviation + 0.1.
     section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
     section 7  The entropy bonus falls to 0.
     section 7  A rollout in which all rewards are 0 is thrown away.
@@ -60,7 +62,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import get_args
 
 if __name__ == "__main__":  # Ctrl-C during the slow imports ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -71,6 +72,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -88,9 +90,11 @@ class Settings:
 
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
-    task: str | None = None  # default: tomato-salad or food-preparation
-    steps: int | None = None  # decisions to learn from; default: see STEPS there; paper: 50,000 on
-    gamma: float | None = None  # of a primitive step; overcooked 0.99, virtualhome 0.95, as paper
+    task: str = None  # default: tomato-salad or food-preparation
+    steps: int = None  # decisions to learn from; default: 5,120 for tomato-salad, the others
+    # under STEPS in overcooked_text.py and virtualhome_text.py; paper: 50,000 or more
+    gamma: float = None  # discount of a primitive step, which is one move; default as in the
+    # paper: overcooked 0.99, virtualhome 0.95
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
     norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
@@ -113,7 +117,7 @@ class Settings:
     rehearsal_coef: float = 0.1  # weight of the loss that keeps the LM's language; paper: none
     # The run
     seed: int = 1  # of everything random: LoRA, critic, sampled actions, minibatches
-    out: str | None = None  # the run's folder; default: a new one in runs/
+    out: str = None  # the run's folder; default: a new one in runs/
     test_episodes: int = 32  # played after each update, only for the log
 
 
@@ -163,11 +167,12 @@ def build_prompt(obs, goal):
     1. Cohesive: "... The first step to make a soup is to" + " chop the tomato" is fluent.
     2. Articles: "pick up the tomato", as people write, not "pick up tomato".
     3. Preferred words: if the observation says bowl, no phrase says plate.
-    4. Alternative actions: one action is worded by the situation. With empty hands it is "walk to
-       the cutting board", with full hands "put the raw tomato on the cutting board".
+    4. Alternative actions: the same action has another phrase in another situation. With empty
+       hands it is "walk to the cutting board", with full hands "put the raw tomato on the cutting
+       board".
 
-    We tried twenty ways to join the two. By a rule that was set before (experiments/wording.py),
-    "The first step to ... is to" is the one with which an untrained LM does best.
+    We compared twenty ways to join the two. With "The first step to ... is to" untrained LMs do
+    best, by a rule that was fixed before the comparison (experiments/wording.py).
     >>> build_prompt("You hold the raw tomato.", "make a soup")
     'You hold the raw tomato. The first step to make a soup is to'
     """
@@ -181,7 +186,8 @@ class TextEnv:
     - "actions": a dict that maps each action that is offered now to its phrase,
     - "primitive_steps": how many primitive steps the latest action took,
     - "success": whether the goal is reached.
-    For --resume it has get_state and set_state, and for its settings TASKS, GAMMA and STEPS."""
+    Actions are offered at the end of an episode, too. For --resume `env` has get_state and
+    set_state, and for its settings TASKS, GAMMA and STEPS."""
 
     def __init__(self, env, gamma):
         self.env = env
@@ -196,8 +202,8 @@ class TextEnv:
         self.done = False
 
     def state(self):
-        """The prompt, and the phrases of the offered actions. We call it a state, although it
-        tells only what the agent perceives."""
+        """The prompt, and the phrases of the offered actions: what the agent perceives. Strictly it
+        is an observation, as there is more to the world's state."""
         phrases = tuple(self.info["actions"].values())
         return build_prompt(self.obs, self.env.goal), phrases
 
@@ -228,21 +234,31 @@ def encode(tokenizer, prompt, phrases):
 
     Both are tokenised as one text, because that is how an LM has read text in training: most
     tokenizers put the space between two words into the second word's token. Each token has offsets,
-    its start and end in the text. In "to chop" they are (0, 2) and (2, 7). The tokens that start
-    where the prompt ends, or later, are the action's."""
+    its start and end in the text. The tokens that start where the prompt ends, or later, are the
+    action's. If the prompt is "to" and the action "chop", the text is "to chop", and a tokenizer
+    may cut it so:
+
+        "to", " chop"      (0, 2), (2, 7)          the space is the action's
+        "to ", "chop"      (0, 3), (3, 7)          the space is the prompt's
+        "to chop"          (0, 7)                  an error: whose token is it?
+    """
     distinct = set(map(str.strip, phrases)) - {""}
-    fine = 0 < len(phrases) == len(distinct)
-    require(fine, f"the environment offers no, blank or equal phrases: {phrases}")
+    require(
+        0 < len(phrases) == len(distinct),
+        f"the environment offers no, blank or equal phrases: {phrases}",
+    )
     end = len(prompt)
     prompts, action_ids = [], []
     for phrase in phrases:
         text = tokenizer(f"{prompt} {phrase}", return_offsets_mapping=True)
         ids, offsets = text["input_ids"], text["offset_mapping"]
-        too_long = f"a prompt has {len(ids)} tokens, the LM reads {tokenizer.model_max_length}"
-        require(len(ids) <= tokenizer.model_max_length, too_long)
+        require(
+            len(ids) <= tokenizer.model_max_length,
+            f"a prompt has {len(ids)} tokens, the LM reads {tokenizer.model_max_length}",
+        )
         # A special token, such as an end of text, has the offsets (0, 0).
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
-        # The space between the two may belong to either, but no token may go on beyond it.
+        # A straddling token starts in the prompt and goes on beyond the space after it.
         straddling = [t for t, (start, stop) in enumerate(offsets) if start < end < stop - 1]
         prompts.append(ids[: min(own, default=0)])
         action_ids.append([ids[t] for t in own])
@@ -282,7 +298,8 @@ def normalize(log_probs, action_ids, phrases, norm):
     """Make actions of different lengths comparable; the policy is the softmax of the result (K,).
 
     A longer phrase has more factors below 1, and so a smaller product. Dividing its log by n takes
-    the n-th root: the geometric mean over the action's tokens (Eq. 3) or words (Eq. 4).
+    the n-th root: the geometric mean over the action's tokens (Eq. 3) or words (Eq. 4). Without a
+    division ("none") it is Eq. 2.
 
                                                              the policy with norm =
         phrase, cut into tokens  P of its tokens             none   token  word
@@ -336,9 +353,9 @@ def add_lora(model):
             names.append(name)
     require(names, f"{model.name_or_path} has no linear layers for LoRA; choose another LM")
     # r is the rank, and lora_alpha / r is the factor 16 / 8. Both are the paper's.
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
     # eval() turns dropout off: a gradient step must see the policy that collected the rollout.
-    return get_peft_model(model, config).eval()
+    return get_peft_model(model, lora).eval()
 
 
 def make_critic(n_inputs):
@@ -368,7 +385,7 @@ class Agent(nn.Module):
         self.model = model  # the LM with LoRA
         self.tokenizer = tokenizer
         self.score = score
-        self.extra_loss = extra_loss  # another loss of the actor (section 8)
+        self.extra_loss = extra_loss  # another loss for LoRA: the rehearsal of section 8, or None
         self.settings = settings
         # The critic is small and stays on the CPU. Policies are moved to it.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
@@ -387,7 +404,7 @@ class Agent(nn.Module):
         log_pis = []
         for (_, phrases), (_, action_ids), log_p in zip(states, encoded, log_probs, strict=True):
             logits = normalize(log_p.cpu(), action_ids, phrases, self.settings.norm)
-            # pi(a | s) = exp(logit of a) / sum over all actions of exp(logit)   (Eq. 2, 3 or 4)
+            # pi(a | s) = exp(logit of a) / sum over the K actions of exp(logit)
             log_pis.append(logits.log_softmax(-1))
         return log_pis
 
@@ -464,11 +481,11 @@ class Rollout:
     """n = T * N decisions, ordered by time and then by environment."""
 
     states: list  # n of them
-    choice: torch.Tensor  # (n,) int: which of the offered actions was taken
-    old_log_pi_a: torch.Tensor  # (n,) log pi_old(a | s) of that action
-    reward: torch.Tensor  # (n,)
-    advantage: torch.Tensor  # (n,) how much better than V_old(s) it turned out
-    returns: torch.Tensor  # (n,) the critic's target: V_old + advantage
+    choice: Tensor  # (n,) int: which of the offered actions was taken
+    old_log_pi_a: Tensor  # (n,) log pi_old(a | s) of that action
+    reward: Tensor  # (n,)
+    advantage: Tensor  # (n,) how much better than V_old(s) it turned out
+    returns: Tensor  # (n,) the critic's target: V_old + advantage
 
 
 @torch.no_grad()
@@ -489,6 +506,7 @@ def collect(agent, envs, rng):
             old_log_pi_a[t, i] = log_pis[i][a]
             reward[t, i], discount[t, i] = env.step(a)
             done[t, i] = env.done
+            # The last state of an episode counts at a time limit, so it is kept before the reset.
             next_states.append(env.state())
             if env.done:
                 env.reset()
@@ -507,7 +525,7 @@ def collect(agent, envs, rng):
 
 # === 6. PPO: make what turned out better than expected likelier, in small steps. ==================
 # The metrics that policy_loss returns, in this order:
-METRICS = "policy_loss", "entropy", "approx_kl", "clip_fraction"
+METRICS = "surrogate_loss", "entropy", "approx_kl", "clip_fraction"
 
 
 def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef):
@@ -533,7 +551,7 @@ def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -surrogate - ent_coef * entropy
     # r - 1 - log r is never negative, and its mean estimates KL(pi_old || pi).
-    kl = log_ratio.expm1() - log_ratio
+    kl = ratio - 1 - log_ratio
     metrics = torch.stack([-surrogate, entropy, kl, (ratio != clipped).float()])
     return loss, metrics.detach()
 
@@ -548,8 +566,11 @@ def minibatches(n, settings, rng):
 
 def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
     """Add the gradient of the policy loss, averaged over the minibatch `batch`, to LoRA's. Returns
-    the means of METRICS (4,). Each distinct state goes through the LM once, however many of the
-    decisions were taken in it."""
+    the means of METRICS (4,).
+
+    Many decisions are taken in the same state, which needs to go through the LM only once. So the
+    minibatch is cut into chunks by state: its distinct states, at most max_prompts at a time, and
+    with them all decisions that were taken in them."""
     metrics = torch.zeros(4)
     distinct = sorted({rollout.states[i] for i in batch})
     for states in chunks(distinct, agent.settings.max_prompts):
@@ -594,7 +615,7 @@ def update(agent, rollout, ent_coef, rng):
     settings = agent.settings
     # The paper divides by the standard deviation. But where nothing happened, the advantages are
     # only the critic's errors, of say 0.01, which this would blow up to 1. Divided by std + 0.1
-    # they become 0.1, while those of a success, which is worth about 1, stay as large as in PPO.
+    # they become 0.1, and where there is a success, worth about 1, the 0.1 matters little.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage /= advantage.std(correction=0) + 0.1
     metrics, value_losses = [], []
@@ -606,9 +627,10 @@ def update(agent, rollout, ent_coef, rng):
         value_loss.backward()
         value_losses.append(average(value_loss.detach()))
         metrics.append(backward_policy_loss(agent, rollout, advantage, batch, ent_coef))
-        if metrics[-1][METRICS.index("approx_kl")] > settings.target_kl:
-            # The policy is too far from the one that collected the rollout: the update ends, and
-            # the gradients of this minibatch are dropped.
+        _, _, kl, _ = metrics[-1]
+        if kl > settings.target_kl:
+            # The policy is too far from the one that collected the rollout: the update ends. The
+            # gradients of this minibatch are dropped, but its metrics are logged.
             break
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
@@ -627,8 +649,7 @@ def update(agent, rollout, ent_coef, rng):
 def evaluate(agent, new_env, n_episodes, rng):
     """Play n episodes, all at once so that their states share passes of the LM. Actions are
     sampled, as the policy is a distribution. Returns mean success, return and length."""
-    envs = [new_env() for _ in range(n_episodes)]
-    playing = envs
+    envs = playing = [new_env() for _ in range(n_episodes)]
     while playing:
         log_pis = agent.cached_log_policy([env.state() for env in playing])
         for env, log_pi in zip(playing, log_pis, strict=True):
@@ -675,18 +696,18 @@ def train(agent, new_env, run):
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
-        # Where all rewards are 0, the advantages are only errors of the critic: discard the rollout
-        # and play on. The paper's code learns from it. The cost of our rule is that the critic sees
-        # fewer failures and expects too much. In Overcooked no reward is 0: each step costs 0.001.
+        # Where all rewards are 0, the advantages are only errors of the critic. Such a rollout is
+        # no update, and we play on. The paper's code learns from it. The cost of our rule is a
+        # critic that sees fewer failures and expects too much. In Overcooked no reward is 0.
         if not average(rollout.reward.abs().sum()):
-            hopeful = run.decisions < 100 * settings.steps
-            require(hopeful, f"nothing was earned in {run.decisions:,} decisions")
+            require(run.decisions < 100 * settings.steps, "hardly any rollout has a reward")
             continue
 
         # Learn: the gradient steps of PPO.
         metrics = agent.learn(rollout, ent_coef, rng)
 
-        # Log how the agent does in new episodes. A rollout has more short ones, so it is biased.
+        # Log how the agent does in new episodes. A rollout would say too much: in a given time more
+        # of the short episodes end, which are the successful ones.
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
@@ -695,15 +716,17 @@ def train(agent, new_env, run):
 
 # === 8. Not the paper's: rehearse what the LM would say, so that it forgets less of its language. =
 class Rehearsal:
-    """RL on a few sentences makes an LM forget some of its language. Against this, an extra loss
-    (pseudo-rehearsal; Robins, 1995) keeps its predictions along texts that it wrote itself as they
-    were. Each call returns coef * KL(p_0 || p) on one of 32 texts; p_0 is the untrained LM."""
+    """RL on a few sentences makes an LM forget some of its language. Against this the untrained LM
+    first writes 32 texts. Then an extra loss holds the next-token predictions p of the trained LM
+    on these texts to those of the untrained one, p_0 (pseudo-rehearsal; Robins, 1995). Each call
+    returns coef * KL(p_0 || p) on one of the texts, for one gradient step."""
 
     def __init__(self, model, vocab_size, coef):
         self.model = model
         self.coef = coef
         first_tokens = torch.randint(vocab_size, (32, 1), device=model.device)
-        # An LM's folder may bring settings that change what it writes. These override them.
+        # Each text has 40 tokens: a random one, and 39 that the LM samples. An LM's folder may
+        # bring settings that change what it writes, which these override.
         sampling = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -734,8 +757,8 @@ def as_tree(encoded):
                                               |            +- (tomato)   it predicts nothing
                                               +- (wait)
 
-    A node is a prefix of a row, a tuple of tokens; rows of several states share nodes, too. It
-    predicts the tokens that may follow. Returns
+    In the picture each word stands for its tokens. A node is a prefix of a row, a tuple of tokens,
+    and predicts the tokens that may follow. Rows of several states share nodes, too. Returns
     - nodes: in an order in which each comes after its own prefixes,
     - mask (L, L): True where a node may look, at itself and at its own prefixes,
     - sources: for each token of each action the index of the node that predicts it,
@@ -753,16 +776,19 @@ def as_tree(encoded):
     mask = torch.eye(len(nodes), dtype=torch.bool)
     for prefix, node in nodes.items():
         if len(prefix) > 1:
-            parent = nodes[prefix[:-1]]
-            mask[node] |= mask[parent]
+            mask[node] |= mask[nodes[prefix[:-1]]]
     return list(nodes), mask, sources, targets
 
 
 class FrozenBlocks(nn.Module):
-    """All blocks below LoRA, as one module in the place of the first of them. They are frozen, so
-    the hidden state of a prefix after them never changes, and is cached. In the places of the other
-    frozen blocks stand FrozenBlocks([]), which pass on what they get: peft finds LoRA's weights by
-    the number of their block, so the list must keep its length."""
+    """All blocks below LoRA, as one module. They are frozen, so the hidden state of a prefix after
+    them never changes and is cached. If all prefixes of a pass are known, the blocks do not run.
+
+        before  [frozen 0,                frozen 1,          frozen 2,          LoRA 3, LoRA 4]
+        after   [FrozenBlocks([0, 1, 2]), FrozenBlocks([]),  FrozenBlocks([]),  LoRA 3, LoRA 4]
+
+    The empty ones pass on what they get. They are there because the list must keep its length: peft
+    finds LoRA's weights by the number of their block."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -867,19 +893,20 @@ def load_lm(name, device="cpu", dtype="float32"):
             f"--evaluate and --resume take the folder of a run): {error}"
         ) from error
     # transformers fills missing weights with random numbers.
-    missing = loading["missing_keys"]
-    require(not missing, f"the LM {name} lacks weights: {missing}")
+    require(not loading["missing_keys"], f"{name} lacks weights: {loading['missing_keys']}")
     # Change the third of three tokens: only in an encoder, such as BERT, the prediction at the
     # second changes.
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
     with torch.no_grad():
         a, b = model(input_ids=ids).logits[:, 1].float()
-    causal = torch.allclose(a, b, 0.01, 0.01)
-    require(causal, f"{name} is no causal LM: its logits depend on later words, or are NaN")
+    require(
+        torch.allclose(a, b, 0.01, 0.01),
+        f"{name} is no causal LM: its logits depend on later words, or are NaN",
+    )
     model.name_or_path = Path(path).name  # LoRA's files shall name the LM, but no home folder.
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokenizer.model_max_length = longest or tokenizer.model_max_length
-    if model.num_parameters() < 1e7 and "OMP_NUM_THREADS" not in os.environ:
+    if model.num_parameters() < 1e7:
         torch.set_num_threads(1)  # Small matrices gain nothing from a second core.
     return model, tokenizer
 
@@ -889,14 +916,16 @@ def make_agent(settings, kind=Agent, lora=add_lora):
     model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
     model = lora(model)
     coef = settings.rehearsal_coef
-    rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
+    with torch.random.fork_rng():  # The critic is the same with and without rehearsal.
+        rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
     return kind(model, tokenizer, settings, choose_scorer(model), rehearsal)
 
 
 # === 11. Several processes: each plays its own episodes, and averages keep their weights equal. ===
 #     torchrun --nproc_per_node 2 twosome.py
-# They begin with equal weights, because all use the same seed, and every gradient is averaged. An
-# update then learns from the decisions of all. When one fails, torchrun ends the others.
+# They begin with equal weights, because all use the same seed, and every gradient is averaged, so
+# the weights stay equal. Each has random numbers, episodes and minibatches of its own, and
+# normalises its own advantages. When one fails, torchrun ends the others.
 def start_processes():
     if N_PROCESSES > 1:
         if torch.cuda.is_available():  # one GPU for each process of a machine
@@ -946,7 +975,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.rows)
         self.write("metrics.csv", table.getvalue().encode())
-        tqdm.write(f"update {len(self.rows)}: {describe(metrics)}", file=sys.stdout)
+        tqdm.write(f"update {len(self.rows)}: {describe(metrics)}")
 
     def save(self, agent, envs):
         """Save all that is needed to go on."""
@@ -1025,9 +1054,10 @@ def show_episode(agent, new_env, rng):
 
 def report(agent, new_env, run, purpose):
     """Play 100 episodes, print another one, and return the means of the 100."""
-    result = evaluate(agent, new_env, EVALUATION_EPISODES, run.rng(purpose))
+    rng = run.rng(purpose)
+    result = evaluate(agent, new_env, EVALUATION_EPISODES, rng)
     if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
-        show_episode(agent, new_env, run.rng(f"episode {purpose}"))
+        show_episode(agent, new_env, rng)
     print(f"\n{purpose}: {describe(result)}")
     env = new_env().env
     if hasattr(env, "OPTIMUM"):
@@ -1037,6 +1067,8 @@ def report(agent, new_env, run, purpose):
 
 # === 13. The command line: check what was asked for before anything is played. ====================
 ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
+# What main reports in one line. All else is a bug and shows its traceback.
+USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutOfMemoryError
 
 
 def make_settings(**values):
@@ -1059,9 +1091,9 @@ def make_settings(**values):
     highest = {"gamma": 1, "gae_lambda": 1, "minibatches": settings.n_envs * settings.rollout_steps}
     for name, value in vars(settings).items():
         if isinstance(value, int | float):
-            low = isinstance(value, int) and name not in ("steps", "seed")
+            low = 0 if isinstance(value, float) or name in ("steps", "seed") else 1
             high = highest.get(name, 1e12)
-            require(low <= value <= high, f"--{name} {value} is not between {low:d} and {high:g}")
+            require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
     return settings
 
 
@@ -1104,8 +1136,7 @@ def parse(argv, defaults):
         allow_abbrev=False,
     )
     for field in fields(Settings):
-        kinds = get_args(field.type) or [field.type]  # int | None takes an int.
-        parser.add_argument(f"--{field.name}", type=kinds[0], default=SUPPRESS, help=SUPPRESS)
+        parser.add_argument(f"--{field.name}", type=field.type, default=SUPPRESS, help=SUPPRESS)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         "--resume", metavar="RUN", help="go on; with more --steps, further than planned"
@@ -1119,6 +1150,28 @@ def parse(argv, defaults):
     if resumed or evaluated:
         values = read_config(resumed or evaluated, **given)
     return make_settings(**values), resumed, evaluated
+
+
+def train_and_report(agent, new_env, run):
+    """Train, and keep in the folder of the run what came out."""
+    settings = agent.settings
+    print(
+        f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
+        f"seed {settings.seed}; all settings and results are in {run.path}"
+    )
+    train(agent, new_env, run)
+    if RANK == 0 and hasattr(agent.model, "save_pretrained"):  # A baseline has no LoRA.
+        agent.model.save_pretrained(run.path / "adapter", save_embedding_layers=False)
+    run.finish(report(agent, new_env, run, "after training"))
+
+
+def how_to_go_on(run, program):
+    """The end of an error message: the command that goes on with the run, if it saved anything."""
+    with suppress(OSError):
+        run.path.rmdir()  # This takes only an empty folder.
+    if not run.path.exists():
+        return ""
+    return f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
 
 
 def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
@@ -1137,35 +1190,17 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         if evaluated:
             run.load(agent)
             report(agent, new_env, run, "100 other episodes")
-            return agent
-        print(
-            f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
-            f"seed {settings.seed}; all settings and results are in {run.path}"
-        )
-        train(agent, new_env, run)
-        if RANK == 0 and hasattr(agent.model, "save_pretrained"):  # A baseline has no LoRA.
-            agent.model.save_pretrained(run.path / "adapter", save_embedding_layers=False)
-        run.finish(report(agent, new_env, run, "after training"))
-        print(f"More episodes: python {program} --evaluate {shlex.quote(str(run.path))}")
+        else:
+            train_and_report(agent, new_env, run)
+            print(f"More episodes: python {program} --evaluate {shlex.quote(str(run.path))}")
         return agent
-    except (
-        UserError,
-        OSError,
-        KeyboardInterrupt,
-        SafetensorError,
-        torch.OutOfMemoryError,
-    ) as error:
-        hint = ""
-        if run and not evaluated:
-            with suppress(OSError):
-                run.path.rmdir()  # only if nothing was saved in it
-            if run.path.exists():
-                hint = f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
+    except USER_ERRORS as error:
+        hint = how_to_go_on(run, program) if run and not evaluated else ""
         sys.exit(f"{program}: {' '.join(str(error).split()) or 'interrupted'}{hint}")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hasattr(signal, "SIGPIPE"):
+    with suppress(AttributeError):  # Windows has no SIGPIPE.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early.
     main(sys.argv[1:], program=sys.argv[0])
