@@ -26,13 +26,13 @@ the whole update where the policy has moved too far on average.
 
 Sections 2 to 7 are the method, and section 7 is the training loop, which you see whole. The rest
 is not needed to understand it: 8 keeps the LM's language, 9 computes the same numbers faster, 10
-loads an LM and puts the parts together, 11 to 13 are for several processes, a run's folder and the
-command line. "Untrained" is the LM as it comes, before any of this training.
+loads an LM and puts the parts together, 11 to 14 are for several processes, a run's folder, what is
+printed, and the command line. "Untrained" is the LM as it comes, before any of this training.
 
 From the paper and its code come the policy and its three normalisations, the rules for prompts,
 LoRA and critic on one frozen LM, what the critic sees, macro-actions, PPO with its clipping and its
 early stop, and learning rates that fall to 0. Its settings stand beside ours in section 1. The two
-worlds are rewritten from their description, and section 9 is ours. We leave the paper's code here:
+worlds are rewritten from their description, and section 9 is ours. We depart from its code here:
 
     section 2  The words that join observation and goal are ours.
     section 2  A time limit is no end.
@@ -83,7 +83,7 @@ from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
 
 
-# === 1. Settings: the same values for both LMs and all tasks that we tried. =======================
+# === 1. Settings: the same values for pocket_lm, SmolLM2-135M and all tasks. ======================
 @dataclass
 class Settings:
     """Each line is a flag of the command line, such as --n_envs 8."""
@@ -129,7 +129,8 @@ RANK = int(os.environ.get("RANK", 0))
 N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 # Shapes in the comments: B states with K actions each; L tokens; D hidden units; T decisions in
-# each of N environments, n = T * N in all. pi(a | s) is the policy, V(s) a value, A an advantage.
+# each of N environments, n = T * N in all. pi(a | s) is the policy, V(s) a value, R a return, A an
+# advantage.
 
 
 # --- Helpers ---
@@ -168,8 +169,8 @@ def build_prompt(obs, goal):
     2. Articles: "pick up the tomato", as people write, not "pick up tomato".
     3. Preferred words: if the observation says bowl, no phrase says plate.
     4. Alternative actions: the same action has another phrase in another situation. With empty
-       hands it is "walk to the cutting board", with full hands "put the raw tomato on the cutting
-       board".
+       hands it is "walk to the cutting board", with the tomato in them "put the raw tomato on the
+       cutting board".
 
     We compared twenty ways to join the two. With "The first step to ... is to" untrained LMs do
     best, by a rule that was fixed before the comparison (experiments/wording.py).
@@ -182,12 +183,13 @@ def build_prompt(obs, goal):
 class TextEnv:
     """Wraps an environment, so that the agent sees a prompt and phrases instead of an observation.
 
-    `env` has Gymnasium's reset and step, and a goal (text). Its info has
+    `env` is made from a task and gamma, plays the same for the same actions, and has Gymnasium's
+    reset and step, and a goal (text). Its info has
     - "actions": a dict that maps each action that is offered now to its phrase,
     - "primitive_steps": how many primitive steps the latest action took,
     - "success": whether the goal is reached.
-    Actions are offered at the end of an episode, too. For --resume `env` has get_state and
-    set_state, and for its settings TASKS, GAMMA and STEPS."""
+    Actions are offered at the end of an episode, too, because its last state gets a value. For
+    --resume `env` has get_state and set_state, and for its settings TASKS, GAMMA and STEPS."""
 
     def __init__(self, env, gamma):
         self.env = env
@@ -245,18 +247,19 @@ def encode(tokenizer, prompt, phrases):
     distinct = set(map(str.strip, phrases)) - {""}
     require(
         0 < len(phrases) == len(distinct),
-        f"the environment offers no, blank or equal phrases: {phrases}",
+        f"the environment offers no phrase, or blank or equal phrases: {phrases}",
     )
     end = len(prompt)
     prompts, action_ids = [], []
     for phrase in phrases:
-        text = tokenizer(f"{prompt} {phrase}", return_offsets_mapping=True)
-        ids, offsets = text["input_ids"], text["offset_mapping"]
+        encoding = tokenizer(f"{prompt} {phrase}", return_offsets_mapping=True)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         require(
             len(ids) <= tokenizer.model_max_length,
             f"a prompt has {len(ids)} tokens, the LM reads {tokenizer.model_max_length}",
         )
-        # A special token, such as an end of text, has the offsets (0, 0).
+        # A special token has the offsets (0, 0). One that begins a text is the prompt's, one that
+        # ends it is left out.
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
         # A straddling token starts in the prompt and goes on beyond the space after it.
         straddling = [t for t, (start, stop) in enumerate(offsets) if start < end < stop - 1]
@@ -336,10 +339,12 @@ def decoder_blocks(model):
 
 
 def add_lora(model):
-    """Freeze the LM and add a trainable low-rank term to some layers: W becomes W + (16 / 8) B A.
+    """Freeze the LM and add a trainable low-rank term to some layers (LoRA; Hu et al., 2022):
 
-    A is (8, in) and random, B is (out, 8) and 0, so that training starts from the LM's own policy.
-    The paper adapts the queries and values of all blocks. We adapt all linear layers of the last
+        W becomes W + (alpha / rank) up down,  up: (out, rank), at first 0; down: (rank, in), random
+
+    so that training starts from the LM's own policy. Rank 8 and alpha 16 are the paper's. The paper
+    adapts the queries and values of all blocks. We adapt all linear layers of the last
     ten blocks (of all, where there are fewer), because the hidden states of the blocks below then
     never change and can be cached (section 9)."""
     adapted = set(decoder_blocks(model)[-LORA_BLOCKS:].modules())
@@ -352,7 +357,6 @@ def add_lora(model):
         if is_linear and module in adapted and not skipped:
             names.append(name)
     require(names, f"{model.name_or_path} has no linear layers for LoRA; choose another LM")
-    # r is the rank, and lora_alpha / r is the factor 16 / 8. Both are the paper's.
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
     # eval() turns dropout off: a gradient step must see the policy that collected the rollout.
     return get_peft_model(model, lora).eval()
@@ -375,8 +379,10 @@ def make_critic(n_inputs):
 
 class Agent(nn.Module):
     """pi(a | s) and V(s), the expected discounted return. A state s is a pair: the prompt, and a
-    tuple of the offered actions' phrases. `score` finds log P of the actions. Baselines (in
-    experiments/) are subclasses with another wrapper and another `learn`."""
+    tuple of the offered actions' phrases. `score` finds log P of the actions.
+
+    Baselines (in experiments/) are subclasses, with another `wrapper` around the environment,
+    another policy and value, and another way to `learn`."""
 
     wrapper = TextEnv
 
@@ -387,7 +393,8 @@ class Agent(nn.Module):
         self.score = score
         self.extra_loss = extra_loss  # another loss for LoRA: the rehearsal of section 8, or None
         self.settings = settings
-        # The critic is small and stays on the CPU. Policies are moved to it.
+        # The critic is small and stays on the CPU, to which features and log P are moved. It reads
+        # as many numbers as the LM's output layer does.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
         # One optimiser for two groups, LoRA and critic; the training loop sets their learning
         # rates. eps is the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
@@ -419,19 +426,21 @@ class Agent(nn.Module):
             self.policy_cache.update(zip(chunk, self.log_policy(chunk), strict=True))
         return [self.policy_cache[state] for state in states]
 
+    @torch.no_grad()
     def features(self, states):
-        """The critic's inputs (B, D): the hidden state of the prompt's last token after the last
-        layer, not of the phrases. The adapter is off: with it the inputs would shift with each
-        gradient step of the actor, and could not be cached."""
+        """The critic's inputs (B, D): the LM's last hidden state at the last token of the prompt,
+        not of the phrases. The adapter is off: with it the inputs would shift with each gradient
+        step of the actor and could not be cached, and the critic's loss would train LoRA, too."""
         if len(self.feature_cache) > CACHE_SIZE:
             self.feature_cache.clear()
-        for prompt, phrases in states:
-            if prompt not in self.feature_cache:
-                prompt_ids, _ = encode(self.tokenizer, prompt, phrases)
-                ids = torch.tensor([prompt_ids], device=self.model.device)
-                with self.model.disable_adapter():
+        new = {prompt: phrases for prompt, phrases in states if prompt not in self.feature_cache}
+        if new:
+            with self.model.disable_adapter():
+                for prompt, phrases in new.items():
+                    prompt_ids, _ = encode(self.tokenizer, prompt, phrases)
+                    ids = torch.tensor([prompt_ids], device=self.model.device)
                     output = self.model.get_decoder()(input_ids=ids, use_cache=False)
-                self.feature_cache[prompt] = output.last_hidden_state[0, -1].float().cpu()
+                    self.feature_cache[prompt] = output.last_hidden_state[0, -1].float().cpu()
         return torch.stack([self.feature_cache[prompt] for prompt, _ in states])
 
     def value(self, states):
@@ -531,12 +540,12 @@ METRICS = "surrogate_loss", "entropy", "approx_kl", "clip_fraction"
 def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef):
     """PPO's loss (Schulman et al., 2017) of each of m decisions, and its METRICS (4, m).
 
-        r = pi(a | s) / pi_old(a | s)
-        L = -min(r A, clip(r, 1 - eps, 1 + eps) A) - c_ent H(pi(. | s))        eps: clip_coef
+        ratio = pi(a | s) / pi_old(a | s)
+        loss = -min(ratio A, clip(ratio, 1 - c, 1 + c) A) - ent_coef H(pi(. | s)),  c: clip_coef
 
-    The tensors are (m,). In the first minibatch of an update pi is still pi_old, so r is 1, up to
-    rounding. Where A > 0 and r > 1 + eps, or A < 0 and r < 1 - eps, the first term is constant and
-    its gradient is 0: this decision has moved the policy far enough.
+    The tensors are (m,). In the first minibatch of an update pi is still pi_old, so the ratio is 1,
+    up to rounding. Where A > 0 and ratio > 1 + c, or A < 0 and ratio < 1 - c, the first term is
+    constant and its gradient is 0: this decision has moved the policy far enough.
 
     Example: the decision turned out well, A = 0.5, and gradient steps have raised its probability
     from 0.50 to 0.65. The ratio 1.3 is beyond 1.2, and the loss stays -1.2 * 0.5.
@@ -550,7 +559,7 @@ def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -surrogate - ent_coef * entropy
-    # r - 1 - log r is never negative, and its mean estimates KL(pi_old || pi).
+    # ratio - 1 - log ratio is never negative, and its mean estimates KL(pi_old || pi).
     kl = ratio - 1 - log_ratio
     metrics = torch.stack([-surrogate, entropy, kl, (ratio != clipped).float()])
     return loss, metrics.detach()
@@ -596,7 +605,8 @@ def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
 
 
 def take_step(optimizer, max_grad_norm):
-    """One gradient step of actor and critic, with gradients averaged over the processes."""
+    """One gradient step of actor and critic, with gradients averaged over the processes, and the
+    gradient of each of the two clipped to a length."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:  # It is None where no loss reaches it, in all processes.
@@ -615,13 +625,13 @@ def update(agent, rollout, ent_coef, rng):
     settings = agent.settings
     # The paper divides by the standard deviation. But where nothing happened, the advantages are
     # only the critic's errors, of say 0.01, which this would blow up to 1. Divided by std + 0.1
-    # they become 0.1, and where there is a success, worth about 1, the 0.1 matters little.
+    # they become 0.1. Where some episodes succeed, std is larger and the 0.1 matters less.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage /= advantage.std(correction=0) + 0.1
     metrics, value_losses = [], []
     for batch in minibatches(len(rollout.states), settings, rng):
         agent.optimizer.zero_grad()
-        # L = mean 1/2 (V - R)^2. The paper clips the change of V, as it clips the ratio.
+        # The loss is the mean of 1/2 (V - R)^2. The paper clips the change of V, too.
         value = agent.value([rollout.states[i] for i in batch])
         value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
         value_loss.backward()
@@ -696,9 +706,9 @@ def train(agent, new_env, run):
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
-        # Where all rewards are 0, the advantages are only errors of the critic. Such a rollout is
-        # no update, and we play on. The paper's code learns from it. The cost of our rule is a
-        # critic that sees fewer failures and expects too much. In Overcooked no reward is 0.
+        # Where all rewards are 0, nothing tells one action from another. Such a rollout is no
+        # update, and we play on. The paper's code learns from it. The cost of our rule is a critic
+        # that sees fewer failures and expects too much. In Overcooked no reward is 0.
         if not average(rollout.reward.abs().sum()):
             require(run.decisions < 100 * settings.steps, "hardly any rollout has a reward")
             continue
@@ -753,12 +763,13 @@ class Rehearsal:
 def as_tree(encoded):
     """Merge the rows of the definition where they begin alike, into a prefix tree of L nodes.
 
-        The first step to make a salad is to -+- chop the -+- (egg)      (...): no node, because
-                                              |            +- (tomato)   it predicts nothing
+        The first step to make a salad is to -+- chop the -+- (egg)
+                                              |            +- (tomato)
                                               +- (wait)
 
     In the picture each word stands for its tokens. A node is a prefix of a row, a tuple of tokens,
-    and predicts the tokens that may follow. Rows of several states share nodes, too. Returns
+    and predicts the tokens that may follow. What ends an action is no node, as it predicts nothing:
+    it stands in brackets. Rows of several states share nodes, too. Returns
     - nodes: in an order in which each comes after its own prefixes,
     - mask (L, L): True where a node may look, at itself and at its own prefixes,
     - sources: for each token of each action the index of the node that predicts it,
@@ -782,24 +793,24 @@ def as_tree(encoded):
 
 class FrozenBlocks(nn.Module):
     """All blocks below LoRA, as one module. They are frozen, so the hidden state of a prefix after
-    them never changes and is cached. If all prefixes of a pass are known, the blocks do not run.
+    them never changes, and is cached. If all prefixes of a pass are known, no block runs.
 
         before  [frozen 0,                frozen 1,          frozen 2,          LoRA 3, LoRA 4]
         after   [FrozenBlocks([0, 1, 2]), FrozenBlocks([]),  FrozenBlocks([]),  LoRA 3, LoRA 4]
 
-    The empty ones pass on what they get. They are there because the list must keep its length: peft
-    finds LoRA's weights by the number of their block."""
+    The list must keep its length, because peft finds LoRA's weights by the number of their block.
+    So empty ones, which pass on what they get, stand in the other places."""
 
     def __init__(self, blocks):
         super().__init__()
         self.blocks = blocks
         self.cache = {}  # node -> hidden state (D,)
-        # The nodes of the next pass. TreeScorer leaves them here, because the LM's forward has no
+        # TreeScorer leaves the nodes of its next pass here, because the LM's forward has no
         # argument for them. Other passes have none and are not cached.
-        self.nodes = ()
+        self.next_nodes = ()
 
     def forward(self, hidden, *args, **kwargs):
-        nodes, self.nodes = self.nodes, ()
+        nodes, self.next_nodes = self.next_nodes, ()
         if nodes and all(node in self.cache for node in nodes):
             return torch.stack([self.cache[node] for node in nodes])[None]  # (1, L, D)
         for block in self.blocks:
@@ -833,7 +844,7 @@ class TreeScorer:
         positions = torch.tensor([len(node) - 1 for node in nodes], device=model.device)  # (L,)
         # The mask is added to attention's scores. It is finite, as some kernels make NaN of -inf.
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min)
-        self.frozen.nodes = nodes
+        self.frozen.next_nodes = nodes
         output = model(
             input_ids=last_tokens[None],
             position_ids=positions[None],
@@ -894,8 +905,8 @@ def load_lm(name, device="cpu", dtype="float32"):
         ) from error
     # transformers fills missing weights with random numbers.
     require(not loading["missing_keys"], f"{name} lacks weights: {loading['missing_keys']}")
-    # Change the third of three tokens: only in an encoder, such as BERT, the prediction at the
-    # second changes.
+    # Two texts differ only in their third token. At the second token a causal LM predicts the same
+    # for both, and an encoder such as BERT does not.
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
     with torch.no_grad():
         a, b = model(input_ids=ids).logits[:, 1].float()
@@ -903,7 +914,8 @@ def load_lm(name, device="cpu", dtype="float32"):
         torch.allclose(a, b, 0.01, 0.01),
         f"{name} is no causal LM: its logits depend on later words, or are NaN",
     )
-    model.name_or_path = Path(path).name  # LoRA's files shall name the LM, but no home folder.
+    if Path(path).is_dir():
+        model.name_or_path = Path(path).name  # LoRA's files shall name the LM, but no home folder.
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokenizer.model_max_length = longest or tokenizer.model_max_length
     if model.num_parameters() < 1e7:
@@ -1006,8 +1018,8 @@ class Run:
         return saved
 
     def restore(self, agent, envs):
-        """Go on from the checkpoint, if there is one. The results are those of an unbroken run, up
-        to rounding."""
+        """Go on from the checkpoint, if there is one. With the same --steps the results are those
+        of an unbroken run, up to rounding. With more, the learning rates rise again first."""
         if (self.path / "checkpoint.pt").exists():
             saved = self.load(agent)
             n = len(saved["envs"])
@@ -1017,6 +1029,11 @@ class Run:
             self.rows, self.before, self.decisions = saved["log"]
             if self.rows:
                 self.started -= self.rows[-1]["seconds"]  # The clock goes on.
+
+    def save_adapter(self, agent):
+        """Keep LoRA in the format of peft. A baseline has none."""
+        if RANK == 0 and hasattr(agent.model, "save_pretrained"):
+            agent.model.save_pretrained(self.path / "adapter", save_embedding_layers=False)
 
     def finish(self, after):
         """Keep what came out."""
@@ -1037,38 +1054,74 @@ def claim_folder(settings, method):
     raise UserError(f"{names[0]} exists; choose another --out, or --resume it")
 
 
+# === 13. What one sees at the end: a hundred episodes, and one of them in full. ===================
 def show_episode(agent, new_env, rng):
     """Print one episode: each action that was taken, with its probability untrained and now."""
     env = new_env()
     print("\none episode (how probable each action was untrained, and now):")
     while not env.done:
-        _, phrases = state = env.state()
+        state = env.state()
         (log_pi,) = agent.cached_log_policy([state])
         with agent.model.disable_adapter():
             (untrained,) = agent.log_policy([state])
         a = sample(log_pi, rng)
-        print(f"  {untrained[a].exp():.2f}  {log_pi[a].exp():.2f}  {phrases[a]}")
+        print(f"  {untrained[a].exp():.2f}  {log_pi[a].exp():.2f}  {state[1][a]}")
         env.step(a)
     print(f"  success: {env.info['success']}, discounted return {env.discounted_return:.3f}")
 
 
 def report(agent, new_env, run, purpose):
-    """Play 100 episodes, print another one, and return the means of the 100."""
+    """Play 100 episodes and print their means, after one more in full. Returns the means."""
     rng = run.rng(purpose)
     result = evaluate(agent, new_env, EVALUATION_EPISODES, rng)
     if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
         show_episode(agent, new_env, rng)
     print(f"\n{purpose}: {describe(result)}")
-    env = new_env().env
-    if hasattr(env, "OPTIMUM"):
-        print(f"the best possible return, with gamma {env.GAMMA}, is {env.OPTIMUM[env.task]:.3f}")
     return result
 
 
-# === 13. The command line: check what was asked for before anything is played. ====================
+# === 14. The command line: check what was asked for before anything is played. ====================
+# main calls in this order: parse, make_settings, try_env, claim_folder, make_agent, and then train
+# or, to evaluate a run, report.
 ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
 # What main reports in one line. All else is a bug and shows its traceback.
 USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutOfMemoryError
+
+
+def parse(argv, defaults):
+    """Return the settings, and the folder of a run to resume or to evaluate."""
+    parser = ArgumentParser(
+        epilog="The other flags, with default and reason:\n" + inspect.getsource(Settings),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name}", type=field.type, default=SUPPRESS, help=SUPPRESS)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--resume", metavar="RUN", help="go on; with more --steps, further than planned"
+    )
+    modes.add_argument("--evaluate", metavar="RUN", help="play 100 other episodes")
+    given = vars(parser.parse_args(argv))  # only what was typed
+    resumed, evaluated = given.pop("resume"), given.pop("evaluate")
+    others = given.keys() - {"steps", "device", "max_prompts"}
+    require(not others or not resumed, "--resume goes only with --steps, --device, --max_prompts")
+    folder = resumed or evaluated
+    values = read_config(folder, **given) if folder else defaults | given
+    return make_settings(**values), resumed, evaluated
+
+
+def read_config(path, **changes):
+    """The settings of a run, by name, with changes."""
+    try:
+        config = json.loads(Path(path, "config.json").read_text())
+        del config["method"]
+        Settings(**config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the folder of a run: {error!r}") from error
+    if "env" in changes:  # The other environment has its own.
+        config |= {"task": None, "gamma": None, "steps": None}
+    return config | changes
 
 
 def make_settings(**values):
@@ -1091,10 +1144,16 @@ def make_settings(**values):
     highest = {"gamma": 1, "gae_lambda": 1, "minibatches": settings.n_envs * settings.rollout_steps}
     for name, value in vars(settings).items():
         if isinstance(value, int | float):
+            # Numbers of things, such as n_envs, are at least 1.
             low = 0 if isinstance(value, float) or name in ("steps", "seed") else 1
             high = highest.get(name, 1e12)
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
     return settings
+
+
+def make_env(agent, settings):
+    """An environment, wrapped for the agent, at the start of an episode."""
+    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
 
 
 def try_env(settings):
@@ -1108,61 +1167,6 @@ def try_env(settings):
         env.env.set_state(state)
     except Exception as error:
         raise UserError(f"the environment {settings.env} does not work: {error!r}") from error
-
-
-def make_env(agent, settings):
-    """An environment, wrapped for the agent, at the start of an episode."""
-    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
-
-
-def read_config(path, **changes):
-    """The settings of a run, by name, with changes."""
-    try:
-        config = json.loads(Path(path, "config.json").read_text())
-        del config["method"]
-        Settings(**config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the folder of a run: {error!r}") from error
-    if "env" in changes:  # The other environment has its own.
-        config |= {"task": None, "gamma": None, "steps": None}
-    return config | changes
-
-
-def parse(argv, defaults):
-    """Return the settings, and the folder of a run to resume or to evaluate."""
-    parser = ArgumentParser(
-        epilog="The other flags, with default and reason:\n" + inspect.getsource(Settings),
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for field in fields(Settings):
-        parser.add_argument(f"--{field.name}", type=field.type, default=SUPPRESS, help=SUPPRESS)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument(
-        "--resume", metavar="RUN", help="go on; with more --steps, further than planned"
-    )
-    modes.add_argument("--evaluate", metavar="RUN", help="play 100 other episodes")
-    given = vars(parser.parse_args(argv))  # only what was typed
-    resumed, evaluated = given.pop("resume"), given.pop("evaluate")
-    fixed = given.keys() - {"steps", "device", "max_prompts"}
-    require(not (resumed and fixed), "--resume goes only with --steps, --device and --max_prompts")
-    values = defaults | given
-    if resumed or evaluated:
-        values = read_config(resumed or evaluated, **given)
-    return make_settings(**values), resumed, evaluated
-
-
-def train_and_report(agent, new_env, run):
-    """Train, and keep in the folder of the run what came out."""
-    settings = agent.settings
-    print(
-        f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
-        f"seed {settings.seed}; all settings and results are in {run.path}"
-    )
-    train(agent, new_env, run)
-    if RANK == 0 and hasattr(agent.model, "save_pretrained"):  # A baseline has no LoRA.
-        agent.model.save_pretrained(run.path / "adapter", save_embedding_layers=False)
-    run.finish(report(agent, new_env, run, "after training"))
 
 
 def how_to_go_on(run, program):
@@ -1182,6 +1186,7 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         settings, resumed, evaluated = parse(argv, defaults or {})
         try_env(settings)
         start_processes()
+        # The folder of the first process is for all.
         path = resumed or evaluated or gather(RANK == 0 and claim_folder(settings, method))[0]
         run = Run(path, settings, method)
         torch.manual_seed(settings.seed)
@@ -1190,9 +1195,15 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         if evaluated:
             run.load(agent)
             report(agent, new_env, run, "100 other episodes")
-        else:
-            train_and_report(agent, new_env, run)
-            print(f"More episodes: python {program} --evaluate {shlex.quote(str(run.path))}")
+            return agent
+        print(
+            f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
+            f"seed {settings.seed}; all settings and results are in {path}"
+        )
+        train(agent, new_env, run)
+        run.save_adapter(agent)
+        run.finish(report(agent, new_env, run, "after training"))
+        print(f"More episodes: python {program} --evaluate {shlex.quote(str(path))}")
         return agent
     except USER_ERRORS as error:
         hint = how_to_go_on(run, program) if run and not evaluated else ""
