@@ -72,6 +72,7 @@ def clean(tmp_path, monkeypatch):
     """Each test in an empty folder, with the same random numbers."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    random.seed(0)
 
 
 def close(a, b, tolerance=1e-4):
@@ -372,7 +373,7 @@ def test_caches_are_bounded(monkeypatch):
         agent.features([state])
         nodes = twosome.as_tree([encode(agent.tokenizer, *state)])[0]
         assert len(agent.score.frozen.cache) <= 5 + len(nodes)
-        assert len(agent.policy_cache) <= 6 and len(agent.feature_cache) <= 6
+        assert len(agent.feature_cache) <= 6
     assert encode.cache_info().maxsize == 100_000
 
 
@@ -445,7 +446,8 @@ def test_policies_are_cached_until_the_policy_moves():
     before = agent.cached_log_policy([*STATES, *STATES])
     scored = [len(call.args[1]) for call in agent.score.call_args_list]
     assert sum(scored) == len(STATES) and close(before[:33], before[33:], 0)
-    learn(agent, a_rollout(agent))
+    agent.settings = small(steps=24, test_episodes=1)
+    twosome.train(agent, partial(twosome.make_env, agent, SMALL), Notebook())
     after = agent.cached_log_policy(STATES)
     assert close(after, agent.log_policy(STATES)) and not close(after, before[:33], 1e-3)
 
@@ -490,7 +492,7 @@ def toy_env(kind=Toy):
 class Guesser(nn.Module):
     """A stub of an agent, which acts at random and learns nothing."""
 
-    wrapper, logits = TextEnv, torch.zeros(2)
+    wrapper, logits, policy_cache = TextEnv, torch.zeros(2), {}
 
     def __init__(self, settings=SMALL):
         super().__init__()
@@ -505,9 +507,8 @@ class Guesser(nn.Module):
     def value(self, states):
         return torch.ones(len(states))
 
-    def learn(self, rollout, ent_coef, rng):
-        actor, critic = self.optimizer.param_groups
-        return {"actor": actor["lr"], "critic": critic["lr"], "bonus": ent_coef}
+    def learn(self, rollout, remaining, rng):
+        return {"remaining": remaining}
 
 
 class Notebook:
@@ -604,20 +605,18 @@ def test_a_rollout_without_reward_is_thrown_away():
         twosome.train(agent, new_env, Notebook())
 
 
-def test_learning_rates_fall_to_zero():
+def test_what_remains_of_the_training_falls_to_zero():
     """Otherwise the policy would not settle at the end, or a resumed run begin with large steps."""
     run = Notebook()
-    settings = small(rollout_steps=4, steps=32, policy_lr=4.0, value_lr=8.0, ent_coef=12.0)
-    twosome.train(Guesser(settings), toy_env, run)
-    rates = [(row["actor"], row["critic"], row["bonus"]) for row in run.rows]
-    assert rates == [(4, 8, 12), (3, 6, 9), (2, 4, 6), (1, 2, 3)]
+    twosome.train(Guesser(small(rollout_steps=4, steps=32)), toy_env, run)
+    assert [row["remaining"] for row in run.rows] == [1, 0.75, 0.5, 0.25]
 
 
 # === PPO ==========================================================================================
-def learn(agent, rollout, **changes):
+def learn(agent, rollout, remaining=1.0, **changes):
     """Update the agent, and return the metrics and the last gradients of LoRA."""
     agent.settings = small(**changes)
-    metrics = agent.learn(rollout, agent.settings.ent_coef, random.Random(0))
+    metrics = agent.learn(rollout, remaining, random.Random(0))
     return metrics, [p.grad for p in trainable(agent.model).values()]
 
 
@@ -648,7 +647,7 @@ def test_value_loss_by_hand():
     rollout.returns = torch.tensor([1.0, 2.0] * 12)
     rollout.advantage = torch.tensor([1.0, 1.6] * 12)
     metrics, _ = learn(agent, rollout)
-    assert metrics["value_loss"] == pytest.approx((0.5 * 0.5**2 + 0.5 * 1.5**2) / 2)
+    assert metrics["value_loss"] == pytest.approx((0.5 * 1**2 + 0.5 * 1.6**2) / 2)
     assert agent.critic[-1].bias.grad.item() == pytest.approx((-0.5 - 1.5) / 2)
     # The errors 1 and 1.6 have 0.36 times the variance of the returns.
     assert metrics["explained_variance"] == pytest.approx(1 - 0.36, abs=1e-5)
@@ -689,6 +688,23 @@ def test_updates_move_exactly_lora_and_critic(family):
     changed = moved(agent, a_rollout(agent), epochs=2)
     names = {name for name, _ in agent.named_parameters()}
     assert changed == {name for name in names if "lora_" in name or name.startswith("critic.")}
+
+
+def test_learning_rate_adapts_to_the_lm():
+    """Otherwise a large LM would be moved so far that it forgets the game, and a small one hardly;
+    or the entropy bonus would keep the policy random at the end."""
+    agent = an_agent()
+    rollout = a_rollout(agent)
+    actor, critic = agent.optimizer.param_groups
+    for target_kl, factor in ((1e-9, 1 / 1.5), (1e9, 1.5)):
+        actor["lr"] = 0.001
+        metrics, _ = learn(agent, rollout, epochs=2, remaining=0.5, target_kl=target_kl)
+        assert metrics["approx_kl"] > 0 and actor["lr"] == pytest.approx(0.001 * factor)
+        assert critic["lr"] == 0.5 * SMALL.value_lr
+    for kl, expected in ((0.011, 1), (0.009, 1.5), (0.0024, 2.25)):
+        group = {"lr": 1.5}
+        twosome.adapt_learning_rate(group, kl, 0.01)
+        assert group["lr"] == pytest.approx(expected)
 
 
 def test_gradient_is_the_policy_gradient():

@@ -14,8 +14,8 @@ One decision of pocket_lm, the tiny LM that comes along, from an observation to 
     observation  You are at the table. You hold the raw tomato.
     prompt       ... The first step to serve a salad of chopped tomato in a bowl is to
     an action    put the raw tomato on the cutting board        (one of the five that are offered)
-    its tokens   put 0.58, the 1.00, raw 0.99, to-m-ato 1.00, on 1.00, the 1.00, cutting 0.52,
-                 board 1.00: how probable the LM finds each after the words before it
+    its tokens   put 0.58, the 1.00, raw 0.99, to-m-ato 1.00 (together), on 1.00, the 1.00,
+                 cutting 0.52, board 1.00: how probable each is for the LM, after those before it
     log P        the sum of their logs is -1.20; divided by 8, the number of words, -0.15
     policy       exp(-0.15) = 0.86, divided by the sum over the five actions: 0.31
     advantage    +0.5: what followed was better than the critic had expected (made-up number)
@@ -31,16 +31,18 @@ printed, and the command line. "Untrained" is the LM as it comes, before any of 
 
 From the paper and its code come the policy and its three normalisations, the rules for prompts,
 LoRA and critic on one frozen LM, what the critic sees, macro-actions, PPO with its clipping and its
-early stop, and learning rates that fall to 0. Its settings stand beside ours in section 1. The two
-worlds are rewritten from their description, and section 9 is ours. We depart from its code here:
+early stop, and the critic's learning rate, which falls to 0. Its settings stand beside ours.
+The two worlds are rewritten from their description, and section 9 is ours. We depart from the
+paper's code here:
 
     section 2  The words that join observation and goal are ours.
-    section 2  A time limit is no end.
-    section 4  LoRA is in all linear layers of the last blocks, not in queries and values of all.
+    section 2  At the time limit the value of the last state still counts.
+    section 4  LoRA is in all linear layers of the last ten blocks, not in queries and values of
+               all blocks.
     section 4  The critic begins as V = 0, not at random.
     section 6  Advantages are divided by their standard deviation + 0.1.
     section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
-    section 7  The entropy bonus falls to 0.
+    section 6  The actor's learning rate adapts to the LM, and the entropy bonus falls to 0.
     section 7  A rollout in which all rewards are 0 is thrown away.
     section 8  The LM rehearses its language.
 """
@@ -90,11 +92,13 @@ class Settings:
 
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
-    task: str = None  # default: tomato-salad or food-preparation
-    steps: int = None  # decisions to learn from; default: 5,120 for tomato-salad, the others
-    # under STEPS in overcooked_text.py and virtualhome_text.py; paper: 50,000 or more
-    gamma: float = None  # discount of a primitive step, which is one move; default as in the
-    # paper: overcooked 0.99, virtualhome 0.95
+    task: str = None  # None: tomato-salad or food-preparation, by the environment
+    steps: int = (
+        None  # decisions to learn from; None: the task's, tomato-salad 5,120; paper: 50,000
+    )
+    gamma: float = (
+        None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as the paper
+    )
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
     norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
@@ -117,14 +121,15 @@ class Settings:
     rehearsal_coef: float = 0.1  # weight of the loss that keeps the LM's language; paper: none
     # The run
     seed: int = 1  # of everything random: LoRA, critic, sampled actions, minibatches
-    out: str = None  # the run's folder; default: a new one in runs/
-    test_episodes: int = 32  # played after each update, only for the log
+    out: str = None  # the run's folder; None: a new one in runs/
+    test_episodes: int = 16  # played after each update, only for the log; more take longer
 
 
 EVALUATION_EPISODES = 100  # before training, and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all. Its rank is in section 4.
 CACHE_SIZE = 100_000  # the largest number of entries of a cache
-# torchrun (section 11) starts several processes and tells each its rank; one alone has rank 0.
+# torchrun (section 11) starts several processes and tells each its rank. One alone has rank 0, and
+# then all that is said about processes does nothing.
 RANK = int(os.environ.get("RANK", 0))
 N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -183,13 +188,16 @@ def build_prompt(obs, goal):
 class TextEnv:
     """Wraps an environment, so that the agent sees a prompt and phrases instead of an observation.
 
-    `env` is made from a task and gamma, plays the same for the same actions, and has Gymnasium's
-    reset and step, and a goal (text). Its info has
-    - "actions": a dict that maps each action that is offered now to its phrase,
+    An environment `env` is deterministic. It has
+    - `__init__(task, gamma)`, and the constants TASKS, GAMMA and STEPS,
+    - `goal`, a text,
+    - Gymnasium's `reset` and `step`,
+    - `get_state` and `set_state`, for --resume.
+    Its info has
+    - "actions": a dict that maps each action that is offered now to its phrase. Actions are offered
+      at the end of an episode, too, because its last state gets a value,
     - "primitive_steps": how many primitive steps the latest action took,
-    - "success": whether the goal is reached.
-    Actions are offered at the end of an episode, too, because its last state gets a value. For
-    --resume `env` has get_state and set_state, and for its settings TASKS, GAMMA and STEPS."""
+    - "success": whether the goal is reached."""
 
     def __init__(self, env, gamma):
         self.env = env
@@ -199,7 +207,7 @@ class TextEnv:
     def reset(self):
         """Begin an episode."""
         self.obs, self.info = self.env.reset()
-        self.discounted_return = 0.0
+        self.discounted_return = 0.0  # This and the length are only reported.
         self.length = 0  # in primitive steps
         self.done = False
 
@@ -261,7 +269,7 @@ def encode(tokenizer, prompt, phrases):
         # A special token has the offsets (0, 0). One that begins a text is the prompt's, one that
         # ends it is left out.
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
-        # A straddling token starts in the prompt and goes on beyond the space after it.
+        # A straddling token starts in the prompt and goes on beyond the space, which is at `end`.
         straddling = [t for t, (start, stop) in enumerate(offsets) if start < end < stop - 1]
         prompts.append(ids[: min(own, default=0)])
         action_ids.append([ids[t] for t in own])
@@ -351,8 +359,7 @@ def add_lora(model):
     names = []
     for name, module in model.named_modules():
         is_linear = isinstance(module, (nn.Linear, Conv1D))  # GPT-2's linear layers are Conv1D.
-        # We skip routers, which only choose the experts of a mixture, and the out_proj of Mamba,
-        # whose matrix is read directly.
+        # Routers only choose the experts of a mixture, and Mamba does not call its out_proj.
         skipped = name.endswith(("gate", "router", "mixer.out_proj"))
         if is_linear and module in adapted and not skipped:
             names.append(name)
@@ -393,33 +400,33 @@ class Agent(nn.Module):
         self.score = score
         self.extra_loss = extra_loss  # another loss for LoRA: the rehearsal of section 8, or None
         self.settings = settings
-        # The critic is small and stays on the CPU, to which features and log P are moved. It reads
-        # as many numbers as the LM's output layer does.
+        # The critic is small and stays on the CPU, to which features and log P are moved. D, the
+        # size of the last hidden state, is the number of inputs of the LM's output layer.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
-        # One optimiser for two groups, LoRA and critic; the training loop sets their learning
-        # rates. eps is the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
+        # One optimiser for two groups, LoRA and critic; `update` changes their learning rates. eps
+        # is the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
         groups = [{"params": trainable(part).values()} for part in (self.model, self.critic)]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        self.optimizer = torch.optim.Adam(groups, settings.policy_lr, eps=1e-5)
         # Two caches: the frozen LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
 
     def log_policy(self, states):
-        """log pi(. | s) for B states: B tensors (K,), with gradients."""
-        encoded = [encode(self.tokenizer, *state) for state in states]
-        log_probs = self.score(self.model, encoded)  # log P(a | s): B tensors (K,)
-        log_pis = []
-        for (_, phrases), (_, action_ids), log_p in zip(states, encoded, log_probs, strict=True):
-            logits = normalize(log_p.cpu(), action_ids, phrases, self.settings.norm)
+        """log pi(. | s) for B states: B tensors (K,), with gradients. Equal states are scored only
+        once."""
+        distinct = sorted(set(states))
+        encoded = [encode(self.tokenizer, *state) for state in distinct]
+        log_probs = self.score(self.model, encoded)  # log P(a | s): tensors (K,)
+        log_pis = {}
+        for state, (_, action_ids), log_p in zip(distinct, encoded, log_probs, strict=True):
+            logits = normalize(log_p.cpu(), action_ids, state[1], self.settings.norm)
             # pi(a | s) = exp(logit of a) / sum over the K actions of exp(logit)
-            log_pis.append(logits.log_softmax(-1))
-        return log_pis
+            log_pis[state] = logits.log_softmax(-1)
+        return [log_pis[state] for state in states]
 
     @torch.no_grad()
     def cached_log_policy(self, states):
         """The same without gradients, for playing: a state is scored once between two updates."""
-        if len(self.policy_cache) > CACHE_SIZE:
-            self.policy_cache.clear()
         # Sorted, so that prompts which begin alike share a chunk (section 9).
         new = sorted(set(states) - self.policy_cache.keys())
         for chunk in chunks(new, self.settings.max_prompts):
@@ -430,13 +437,12 @@ class Agent(nn.Module):
     def features(self, states):
         """The critic's inputs (B, D): the LM's last hidden state at the last token of the prompt,
         not of the phrases. The adapter is off: with it the inputs would shift with each gradient
-        step of the actor and could not be cached, and the critic's loss would train LoRA, too."""
+        step of the actor, and could not be cached. No gradient of the critic reaches the LM."""
         if len(self.feature_cache) > CACHE_SIZE:
             self.feature_cache.clear()
-        new = {prompt: phrases for prompt, phrases in states if prompt not in self.feature_cache}
-        if new:
-            with self.model.disable_adapter():
-                for prompt, phrases in new.items():
+        with self.model.disable_adapter():
+            for prompt, phrases in states:
+                if prompt not in self.feature_cache:
                     prompt_ids, _ = encode(self.tokenizer, prompt, phrases)
                     ids = torch.tensor([prompt_ids], device=self.model.device)
                     output = self.model.get_decoder()(input_ids=ids, use_cache=False)
@@ -447,9 +453,9 @@ class Agent(nn.Module):
         """V(s) for B states: (B,), with gradients for the critic only."""
         return self.critic(self.features(states)).squeeze(-1)
 
-    def learn(self, rollout, ent_coef, rng):
+    def learn(self, rollout, remaining, rng):
         """Improve actor and critic by PPO (section 6). Returns the metrics."""
-        return update(self, rollout, ent_coef, rng)
+        return update(self, rollout, remaining, rng)
 
 
 # === 5. Playing: act by the present policy, and judge each decision by what followed. =============
@@ -507,7 +513,7 @@ def collect(agent, envs, rng):
     old_log_pi_a, reward, discount, done = torch.zeros(4, T, N)
     for t in range(T):
         current = [env.state() for env in envs]
-        states.extend(current)
+        states += current
         log_pis = agent.cached_log_policy(current)
         for i, env in enumerate(envs):
             a = sample(log_pis[i], rng)
@@ -515,7 +521,7 @@ def collect(agent, envs, rng):
             old_log_pi_a[t, i] = log_pis[i][a]
             reward[t, i], discount[t, i] = env.step(a)
             done[t, i] = env.done
-            # The last state of an episode counts at a time limit, so it is kept before the reset.
+            # s_{t+1} is read before the reset, because at a time limit its value still counts.
             next_states.append(env.state())
             if env.done:
                 env.reset()
@@ -575,20 +581,16 @@ def minibatches(n, settings, rng):
 
 def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
     """Add the gradient of the policy loss, averaged over the minibatch `batch`, to LoRA's. Returns
-    the means of METRICS (4,).
-
-    Many decisions are taken in the same state, which needs to go through the LM only once. So the
-    minibatch is cut into chunks by state: its distinct states, at most max_prompts at a time, and
-    with them all decisions that were taken in them."""
+    the means of METRICS (4,). Memory may not suffice for all states at once. So they come in
+    chunks, each with the decisions that were taken in its states, and the gradients add up."""
     metrics = torch.zeros(4)
     distinct = sorted({rollout.states[i] for i in batch})
     for states in chunks(distinct, agent.settings.max_prompts):
-        log_pis = dict(zip(states, agent.log_policy(states), strict=True))
-        decisions = [i for i in batch if rollout.states[i] in log_pis]
+        decisions = [i for i in batch if rollout.states[i] in states]
         log_pi_a, entropy = [], []
-        for i in decisions:
-            log_pi = log_pis[rollout.states[i]]  # (K,)
-            log_pi_a.append(log_pi[rollout.choice[i]])
+        log_pis = agent.log_policy([rollout.states[i] for i in decisions])
+        for log_pi, a in zip(log_pis, rollout.choice[decisions], strict=True):
+            log_pi_a.append(log_pi[a])
             # H = -sum_a pi(a | s) log pi(a | s)
             entropy.append(-(log_pi.exp() * log_pi).sum())
         loss, chunk_metrics = policy_loss(
@@ -599,7 +601,7 @@ def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
             agent.settings.clip_coef,
             ent_coef,
         )
-        (loss.sum() / len(batch)).backward()  # The gradients of all chunks add up.
+        (loss.sum() / len(batch)).backward()
         metrics += chunk_metrics.sum(1) / len(batch)
     return average(metrics)
 
@@ -616,41 +618,54 @@ def take_step(optimizer, max_grad_norm):
     optimizer.step()
 
 
-def update(agent, rollout, ent_coef, rng):
+def adapt_learning_rate(group, kl, target_kl):
+    """Change the learning rate of a group of weights until an update moves the policy by target_kl
+    to a quarter of it. A fixed rate would have to be found for each LM, because what moves a large
+    LM far moves a small one hardly. The paper's rate is fixed, but for its linear fall to 0."""
+    if kl > target_kl:
+        group["lr"] /= 1.5
+    if kl < target_kl / 4:
+        group["lr"] *= 1.5
+
+
+def update(agent, rollout, remaining, rng):
     """Move the actor towards decisions that turned out better than expected, but not far, and the
-    critic towards the returns. The gradient of three losses is added up:
+    critic towards the returns. Unlike in the paper's code both learn in the same gradient step, for
+    which three calls of backward add up the gradient of
 
         policy_loss + 1/2 (V - R)^2 + extra_loss     (LoRA, the critic, LoRA again: section 8)
-    """
+
+    `remaining` is the part of the training that is left. The critic's learning rate falls with it
+    to 0, and so does the entropy bonus, which would keep the policy random at the end."""
     settings = agent.settings
+    actor, critic = agent.optimizer.param_groups
+    critic["lr"] = remaining * settings.value_lr
+    ent_coef = remaining * settings.ent_coef
     # The paper divides by the standard deviation. But where nothing happened, the advantages are
     # only the critic's errors, of say 0.01, which this would blow up to 1. Divided by std + 0.1
     # they become 0.1. Where some episodes succeed, std is larger and the 0.1 matters less.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage /= advantage.std(correction=0) + 0.1
-    metrics, value_losses = [], []
+    metrics = []
     for batch in minibatches(len(rollout.states), settings, rng):
         agent.optimizer.zero_grad()
         # The loss is the mean of 1/2 (V - R)^2. The paper clips the change of V, too.
         value = agent.value([rollout.states[i] for i in batch])
-        value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
-        value_loss.backward()
-        value_losses.append(average(value_loss.detach()))
+        (0.5 * F.mse_loss(value, rollout.returns[batch])).backward()
         metrics.append(backward_policy_loss(agent, rollout, advantage, batch, ent_coef))
-        _, _, kl, _ = metrics[-1]
-        if kl > settings.target_kl:
-            # The policy is too far from the one that collected the rollout: the update ends. The
-            # gradients of this minibatch are dropped, but its metrics are logged.
+        if metrics[-1][METRICS.index("approx_kl")] > settings.target_kl:
+            # The steps before this one have moved the policy too far from the one that collected
+            # the rollout. They stay, but this one is not taken, and the update ends.
             break
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
         take_step(agent.optimizer, settings.max_grad_norm)
-    agent.policy_cache.clear()
     log = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
-    # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw. R - V_old
-    # is the advantage.
-    unexplained = rollout.advantage.var() / (rollout.returns.var() + 1e-8)
-    log["value_loss"] = torch.stack(value_losses).mean().item()
+    adapt_learning_rate(actor, log["approx_kl"], remaining * settings.target_kl)
+    # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
+    log["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
+    # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
+    unexplained = rollout.advantage.var() / rollout.returns.var()
     log["explained_variance"] = 1 - unexplained.item()
     return log
 
@@ -682,7 +697,7 @@ def train(agent, new_env, run):
     checkpoints, and makes random numbers, seeded by what they are for (section 12)."""
     settings = agent.settings
     envs = [new_env() for _ in range(settings.n_envs)]
-    run.restore(agent, envs)
+    run.restore(agent, envs)  # This does nothing in a new run.
     if run.before is None:
         run.before = evaluate(agent, new_env, EVALUATION_EPISODES, run.rng("before training"))
         run.save(agent, envs)
@@ -694,30 +709,24 @@ def train(agent, new_env, run):
     # disable=None shows the bar only in a terminal.
     bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
     while len(run.rows) < n_updates:
-        # The learning rates fall linearly to 0, and so does the entropy bonus, which would keep the
-        # policy random at the end. The paper's bonus is constant.
-        remaining = 1 - len(run.rows) / n_updates
-        actor, critic = agent.optimizer.param_groups
-        actor["lr"] = remaining * settings.policy_lr
-        critic["lr"] = remaining * settings.value_lr
-        ent_coef = remaining * settings.ent_coef
-
         # Play, and judge each decision by what followed.
-        rng = run.rng(f"decision {run.decisions}")
+        rng = run.rng(f"decision {run.decisions}")  # so that a resumed run draws the same numbers
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
+        agent.policy_cache.clear()  # because the policy is going to change
         # Where all rewards are 0, nothing tells one action from another. Such a rollout is no
         # update, and we play on. The paper's code learns from it. The cost of our rule is a critic
-        # that sees fewer failures and expects too much. In Overcooked no reward is 0.
+        # that sees fewer failures and expects too much. In Overcooked each move costs a little, so
+        # no reward is 0.
         if not average(rollout.reward.abs().sum()):
             require(run.decisions < 100 * settings.steps, "hardly any rollout has a reward")
             continue
 
         # Learn: the gradient steps of PPO.
-        metrics = agent.learn(rollout, ent_coef, rng)
+        metrics = agent.learn(rollout, 1 - len(run.rows) / n_updates, rng)
 
-        # Log how the agent does in new episodes. A rollout would say too much: in a given time more
-        # of the short episodes end, which are the successful ones.
+        # Log how the agent does in new episodes. Success counted in the rollout would be too high:
+        # in a fixed number of decisions more of the short episodes end, which are the successes.
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
@@ -743,7 +752,7 @@ class Rehearsal:
             repetition_penalty=1.0,
             top_k=0,
             top_p=1.0,
-            min_new_tokens=39,
+            min_new_tokens=39,  # No text ends early.
             max_new_tokens=39,
         )
         with model.disable_adapter():
@@ -754,7 +763,8 @@ class Rehearsal:
         with self.model.disable_adapter():  # Without LoRA nothing has a gradient.
             untrained = self.model(input_ids=text, use_cache=False).logits
         now = self.model(input_ids=text, use_cache=False).logits
-        log_p_0, log_p = torch.cat([untrained, now]).float().log_softmax(-1)  # (40, vocabulary)
+        log_p_0 = untrained[0].float().log_softmax(-1)  # (40, vocabulary)
+        log_p = now[0].float().log_softmax(-1)
         # KL(p_0 || p) = sum_w p_0(w) (log p_0(w) - log p(w)), averaged over the text's positions
         return self.coef * F.kl_div(log_p, log_p_0, reduction="batchmean", log_target=True)
 
@@ -768,8 +778,8 @@ def as_tree(encoded):
                                               +- (wait)
 
     In the picture each word stands for its tokens. A node is a prefix of a row, a tuple of tokens,
-    and predicts the tokens that may follow. What ends an action is no node, as it predicts nothing:
-    it stands in brackets. Rows of several states share nodes, too. Returns
+    and predicts the tokens that may follow. The last token of an action, in brackets, needs no
+    node, because nothing after it is predicted. Rows of several states share nodes, too. Returns
     - nodes: in an order in which each comes after its own prefixes,
     - mask (L, L): True where a node may look, at itself and at its own prefixes,
     - sources: for each token of each action the index of the node that predicts it,
@@ -849,6 +859,7 @@ class TreeScorer:
             input_ids=last_tokens[None],
             position_ids=positions[None],
             attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
+            # Only these nodes predict tokens of actions; one that predicts several is repeated.
             logits_to_keep=torch.tensor(sources, device=model.device),
             use_cache=False,
         )
@@ -928,8 +939,7 @@ def make_agent(settings, kind=Agent, lora=add_lora):
     model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
     model = lora(model)
     coef = settings.rehearsal_coef
-    with torch.random.fork_rng():  # The critic is the same with and without rehearsal.
-        rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
+    rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
     return kind(model, tokenizer, settings, choose_scorer(model), rehearsal)
 
 
@@ -1018,8 +1028,9 @@ class Run:
         return saved
 
     def restore(self, agent, envs):
-        """Go on from the checkpoint, if there is one. With the same --steps the results are those
-        of an unbroken run, up to rounding. With more, the learning rates rise again first."""
+        """Go on from the checkpoint, if there is one. With the same --steps, on the same device,
+        the results are those of an unbroken run, up to rounding. With more the schedule is
+        stretched."""
         if (self.path / "checkpoint.pt").exists():
             saved = self.load(agent)
             n = len(saved["envs"])
@@ -1054,7 +1065,7 @@ def claim_folder(settings, method):
     raise UserError(f"{names[0]} exists; choose another --out, or --resume it")
 
 
-# === 13. What one sees at the end: a hundred episodes, and one of them in full. ===================
+# === 13. What one sees at the end: one episode in full, and the means of a hundred. ===============
 def show_episode(agent, new_env, rng):
     """Print one episode: each action that was taken, with its probability untrained and now."""
     env = new_env()

@@ -51,7 +51,7 @@ class Baseline(Agent):
         self.critic = critic
         self.settings = settings
         groups = [{"params": trainable(part).values()} for part in (model, critic)]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        self.optimizer = torch.optim.Adam(groups, settings.policy_lr, eps=1e-5)
         self.extra_loss = None
         self.policy_cache, self.feature_cache = {}, {}
 
@@ -155,12 +155,14 @@ class SayCan(Baseline):
     def value(self, states):
         return torch.zeros(len(states))
 
-    def learn(self, rollout, ent_coef, rng):
+    def learn(self, rollout, remaining, rng):
         """Cross-entropy of the predicted success of each action taken.
 
         L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
         """
         losses = []
+        _, critic = self.optimizer.param_groups
+        critic["lr"] = remaining * self.settings.value_lr
         for batch in twosome.minibatches(len(rollout.states), self.settings, rng):
             logits = self.affordance([rollout.states[i] for i in batch])
             chosen = [row[rollout.choice[i]] for row, i in zip(logits, batch, strict=True)]
@@ -171,7 +173,6 @@ class SayCan(Baseline):
             loss.backward()
             twosome.take_step(self.optimizer, self.settings.max_grad_norm)
             losses.append(loss.item())
-        self.policy_cache.clear()
         return {"value_loss": sum(losses) / len(losses)}
 
 
@@ -188,7 +189,7 @@ class RandomAgent(Baseline):
     def value(self, states):
         return torch.zeros(len(states))
 
-    def learn(self, rollout, ent_coef, rng):
+    def learn(self, rollout, remaining, rng):
         return {}
 
 

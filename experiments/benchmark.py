@@ -85,11 +85,11 @@ class PlainAgent(Agent):
             rows.append(super().features([state[:2]]))
         return torch.cat(rows)
 
-    def learn(self, rollout, ent_coef, rng):
+    def learn(self, rollout, remaining, rng):
         """A number makes each state another one, so that the update does not merge decisions."""
         self.learning = True
         states = [(*state, i) for i, state in enumerate(rollout.states)]
-        return super().learn(replace(rollout, states=states), ent_coef, rng)
+        return super().learn(replace(rollout, states=states), remaining, rng)
 
 
 def make_agent(settings, way):
@@ -145,7 +145,8 @@ def run_updates(settings, way, n):
         rollout = timed(seconds, "all", twosome.collect, agent, envs, rng)
         playing = dict(seconds)
         seconds.clear()
-        timed(seconds, "all", agent.learn, rollout, settings.ent_coef, rng)
+        agent.policy_cache.clear()
+        timed(seconds, "all", agent.learn, rollout, 1.0, rng)
         learning = dict(seconds)
         total = playing["all"] + learning["all"]
         updates.append({"texts": texts, "all": total, "playing": playing, "learning": learning})

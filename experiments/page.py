@@ -284,7 +284,7 @@ def learning_curve(agent, folder, settings):
     """Return the decisions of training, and rows (decisions, success, return) from the run's log.
     The first row is the untrained LM's."""
     saved = twosome.Run(folder, settings, "twosome").load(agent)
-    rows, before, decisions, _ = saved["log"]
+    rows, before, decisions = saved["log"]
     if before:
         rows = [{"decisions": 0, **before}, *rows]
     log = []

@@ -126,17 +126,30 @@ class SmallEps(Agent):
     """The advantages A are divided by their standard deviation + 1e-8: with c = 1e7 the update's
     c A / (std(c A) + 0.1) is the same as A / (std(A) + 1e-8)."""
 
-    def learn(self, rollout, ent_coef, rng):
+    def learn(self, rollout, remaining, rng):
         scaled = replace(rollout, advantage=1e7 * rollout.advantage)
         # Its explained_variance is not used.
-        return super().learn(scaled, ent_coef, rng)
+        return super().learn(scaled, remaining, rng)
 
 
 class ConstantBonus(Agent):
     """The entropy bonus does not fall to 0."""
 
-    def learn(self, rollout, ent_coef, rng):
-        return super().learn(rollout, self.settings.ent_coef, rng)
+    def learn(self, rollout, remaining, rng):
+        given = self.settings
+        self.settings = replace(given, ent_coef=given.ent_coef / remaining)
+        metrics = super().learn(rollout, remaining, rng)
+        self.settings = given
+        return metrics
+
+
+class FallingRate(Agent):
+    """The actor's learning rate falls linearly to 0, whatever the KL divergence is."""
+
+    def learn(self, rollout, remaining, rng):
+        actor, _ = self.optimizer.param_groups
+        actor["lr"] = remaining * self.settings.policy_lr
+        return super().learn(rollout, remaining, rng)
 
 
 class LimitEnds(TextEnv):
@@ -171,7 +184,7 @@ class SeparateUpdates(Agent):
         # In the actor's update the critic gets no gradient, and so Adam leaves it alone.
         return value.detach().requires_grad_() if self.learns_actor else value
 
-    def learn(self, rollout, ent_coef, rng):
+    def learn(self, rollout, remaining, rng):
         settings = self.settings
         old = rollout.returns - rollout.advantage
         for batch in twosome.minibatches(len(rollout.states), settings, rng):
@@ -182,7 +195,7 @@ class SeparateUpdates(Agent):
             (0.5 * errors.square().amax(0).mean()).backward()
             twosome.take_step(self.optimizer, settings.max_grad_norm)
         self.learns_actor = True
-        metrics = super().learn(rollout, ent_coef, rng)
+        metrics = super().learn(rollout, remaining, rng)
         self.learns_actor = False
         return metrics
 
@@ -206,6 +219,7 @@ DEPARTURES = {
     "one epoch of four minibatches": Variant({"epochs": 1, "minibatches": 4}),
     "separate updates, V clipped": Variant(kind=SeparateUpdates),
     "a constant entropy bonus": Variant(kind=ConstantBonus),
+    "a learning rate that falls": Variant(kind=FallingRate),
 }
 VARIANTS = DEPARTURES | {norm: Variant({"norm": norm}) for norm in NORMS}
 for name, reword in PROMPTS.items():

@@ -1,0 +1,306 @@
+"""Is your result right? For the exercises whose answer is a number or a piece of code.
+
+    python experiments/lessons/check.py              # which exercises, and what each needs
+    python experiments/lessons/check.py 2 -1.234     # the answer to exercise 2
+
+It answers in one line. Where it knows the mistake, it names the mistake. It computes the truth by
+itself, from pocket_lm and the environments, so that a changed twosome.py does not matter.
+"""
+
+import csv
+import importlib
+import math
+import runpy
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+END = 1  # the token with which pocket_lm ends a text
+
+
+class Wrong(Exception):
+    """Says in one line what is wrong with an answer."""
+
+
+def expect(condition, message):
+    if not condition:
+        raise Wrong(message)
+
+
+def compare(answers, truth, tolerance, mistakes):
+    """Compare numbers with the truth, and else with what each usual mistake would give."""
+    try:
+        found = torch.tensor([float(answer) for answer in answers])
+    except ValueError:
+        raise Wrong(f"these are not all numbers: {' '.join(answers)}") from None
+
+    def equals(numbers):
+        return (found - torch.as_tensor(numbers)).abs().max() <= tolerance
+
+    if not equals(truth):
+        for message, numbers in mistakes.items():
+            expect(not equals(numbers), message)
+        raise Wrong("the result is wrong, and by no mistake that is known here")
+
+
+# === What pocket_lm says ==========================================================================
+@cache
+def pocket_lm():
+    path = ROOT / "pocket_lm"
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def tokens(text):
+    return pocket_lm()[1](text)["input_ids"]
+
+
+@torch.no_grad()
+def log_probs(ids, n, shift=1):
+    """log P of each of the last n tokens after those before it (n,). Without the shift it would be
+    read from the logits at the token itself."""
+    logits = pocket_lm()[0](torch.tensor([ids])).logits[0].roll(shift, 0)
+    targets = torch.tensor(ids[-n:])[:, None]
+    return logits[-n:].log_softmax(-1).gather(1, targets)[:, 0]
+
+
+def of_phrase(prompt, phrase):
+    """log P of each token of a phrase. No token of pocket_lm reaches across a blank."""
+    ids = tokens(f"{prompt} {phrase}")
+    return log_probs(ids, len(ids) - len(tokens(prompt)))
+
+
+def policies(prompt, phrases):
+    """The policy with each normalisation."""
+    rows = [of_phrase(prompt, phrase) for phrase in phrases]
+    total = torch.stack([row.sum() for row in rows])
+    n_words = torch.tensor([len(phrase.split()) for phrase in phrases])
+    n_tokens = torch.tensor([len(row) for row in rows])
+    scores = {"word": total / n_words, "token": total / n_tokens, "none": total}
+    return {norm: score.softmax(0) for norm, score in scores.items()}
+
+
+def sentence(env, obs):
+    return f"{obs} The first step to {env.goal} is to"
+
+
+# === The exercises ================================================================================
+def think(norm, *answers):
+    env = importlib.import_module("virtualhome_text").VirtualHomeText()
+    obs, info = env.reset()
+    by_norm = policies(sentence(env, obs), info["actions"].values())
+    expect(norm in by_norm, "the first answer is word, token or none")
+    mistakes = {f"this is the policy of {name}": policy for name, policy in by_norm.items()}
+    compare(answers, by_norm[norm], 0.011, mistakes)
+
+
+def joint_probability(*answer):
+    env = importlib.import_module("overcooked_text").OvercookedText()
+    prompt, phrase = sentence(env, env.reset()[0]), "pick up the tomato"
+    own, whole = of_phrase(prompt, phrase), tokens(f"{prompt} {phrase}")
+    total, glued = own.sum(), tokens(phrase)[1:]  # without the token that begins a text
+    mistakes = {
+        "the first token is missing": own[1:].sum(),
+        "these are the logits at each token itself": log_probs(whole, len(own), shift=0).sum(),
+        "there is a factor for the end of the text": log_probs([*whole, END], len(own) + 1).sum(),
+        "the space is missing": log_probs(tokens(prompt) + glued, len(glued)).sum(),
+        "this is P, not its logarithm": total.exp(),
+        "this is the log of a sum, not the sum of logs": own.exp().sum().log(),
+        "this is divided by the number of words": total / 4,
+    }
+    compare(answer, total, 2e-4, mistakes)
+
+
+def words_matter(word, task, *answer):
+    wording = importlib.import_module("experiments.wording")
+    first = "The first step to {goal} is to"
+    words = {"first": first, "next": first.replace("first", "next")}
+    words |= {"wrong": first.replace("first", "wrong"), "was": first.replace("is", "was")}
+    expect(word in words, f"the first answer is one of {', '.join(words)}")
+    expect(task in wording.TASKS, f"the second answer is one of {', '.join(wording.TASKS)}")
+    lm, world = wording.load(str(ROOT / "pocket_lm")), wording.World(task)
+    success = {}
+    for name in (word, *words):
+        success[name] = wording.untrained_success(lm, world, words[name])[0]
+    when = "which sentence stood in twosome.py when exact.py ran?"
+    mistakes = {f"this is the success with {name!r}: {when}": x for name, x in success.items()}
+    compare(answer, success[word], 2e-4, mistakes)
+
+
+def discounts(*answers):
+    mistakes = {
+        "what comes two primitive steps later is discounted once": [0.08, 0.9, 0.98],
+        "within the macro-action nothing is discounted": [0.1, 0.81, 0.91],
+        "the first primitive step has number 0, and no discount": [0.072, 0.81, 0.801],
+        "the third primitive step has number 2": [0.08, 0.729, 0.809],
+    }
+    compare(answers, [0.08, 0.81, 0.89], 1e-3, mistakes)
+
+
+def trained_weights(*answer):
+    blocks = pocket_lm()[0].model.layers
+    shapes = [p.shape for p in blocks.parameters() if p.dim() == 2]
+    a, b = 8 * sum(n for _, n in shapes), 8 * sum(m for m, _ in shapes)
+    mistakes = {
+        "the critic is counted, too": a + b + 129 * 1024 + 1025 * 512 + 513,
+        "LoRA has an A and a B": a,
+        "LoRA has a B and an A": b,
+        "this is one block": (a + b) / len(blocks),
+    }
+    compare(answer, a + b, 0, mistakes)
+
+
+def first_difference(*folders):
+    """The number of the first row in which the logs of two runs differ, and the columns in which
+    they do. The seconds do not count."""
+    logs = []
+    for folder in folders:
+        try:
+            lines = Path(folder, "metrics.csv").read_text().splitlines()
+        except (OSError, ValueError):
+            raise Wrong(f"{folder} is not the folder of a run that has learned") from None
+        logs.append(list(csv.DictReader(lines)))
+    lengths = [len(log) for log in logs]
+    expect(
+        lengths[0] == lengths[1] > 0, f"the runs have {lengths} rows: are the settings the same?"
+    )
+    for number, (a, b) in enumerate(zip(*logs, strict=True), 1):
+        columns = {name for name in a if a[name] != b.get(name)} - {"seconds"}
+        if columns:
+            return number, columns
+    return None, set()
+
+
+def adapter_on(off, on):
+    row, columns = first_difference(off, on)
+    expect(row, "the two runs are the same: the change has no effect")
+    expect(row == 1, "the first rows are the same: what is cached is out of date")
+    expect(columns == {"value_loss"}, "the first rows differ too much: who gets a gradient?")
+
+
+def mended(sound, planted):
+    row, _ = first_difference(sound, planted)
+    expect(row is None, f"the logs differ from row {row} on: in which ways can an episode end?")
+
+
+def play(plan, chop_reward):
+    """The return of a plan in the kitchen, and its primitive steps."""
+    kitchen = importlib.import_module("overcooked_text")
+    kitchen.CHOP_REWARD = chop_reward
+    env, total, n = kitchen.OvercookedText(), 0.0, 0
+    env.reset()
+    for action in plan:
+        _, reward, _, _, info = env.step(action)
+        total += 0.99**n * reward
+        n += info["primitive_steps"]
+    return total, n
+
+
+def never_serve(*answer):
+    circle, honest = [0, 2, 4, 0, 3], [0, 2, 4, 0, 1, 3]
+    gaps = []
+    for chop_reward in (0.0, 1.0):
+        (once, n), (twice, m) = play(circle, chop_reward), play(circle + circle, chop_reward)
+        serve, _ = play(honest, chop_reward)
+        forever = once + (twice - once) / (1 - 0.99 ** (m - n))
+        as_the_first = once / (1 - 0.99**n)
+        gaps.append([forever - serve, as_the_first - serve, forever - play(honest, 0.2)[0]])
+    at_0, at_1 = torch.tensor(gaps)
+    truth, later, same = at_0 / (at_0 - at_1)  # where a linear function is 0
+    mistakes = {"a later round does not begin where the first one does": later}
+    mistakes["who serves the salad chops, too"] = same
+    compare(answer, truth, 1e-3, mistakes)
+
+
+def grpo(path):
+    expect(Path(path).is_file(), f"there is no file {path}")
+    advantages = runpy.run_path(path, run_name="student").get("advantages")
+    expect(callable(advantages), f"{path} has no function advantages")
+    returns, episode = torch.tensor([1.0, 0.0, 0.5, 0.1]), torch.tensor([0, 1, 1, 1, 1, 2, 2, 3])
+    found = advantages(returns, episode)
+    fine = isinstance(found, torch.Tensor) and found.shape == episode.shape
+    expect(fine, "for unequal returns, give a tensor with a number for each decision")
+    each = returns[episode]
+    per_decision = (each - each.mean()) / each.std()
+    mistakes = {
+        "the division by std is missing": each - returns.mean(),
+        "the mean is not subtracted": each / returns.std(),
+        "mean and std are those of the decisions, not of the episodes": per_decision,
+    }
+    correction = int(found[0] < 1.45)  # There are two kinds of std, and both are fine.
+    truth = (each - returns.mean()) / returns.std(correction=correction)
+    compare(found, truth, 0.01, mistakes)
+    nothing = advantages(torch.full((4,), 0.3), episode)
+    expect(nothing is None, "if all returns of a group are equal, give None")
+
+
+def shortest_way(*answer):
+    env = importlib.import_module("virtualhome_text").VirtualHomeText()
+    obs, info = env.reset()
+    chosen = []
+    for key in (4, 6, 5, 8, 7, 9):
+        policy = policies(sentence(env, obs), info["actions"].values())["word"]
+        chosen.append(policy[list(info["actions"]).index(key)].item())
+        obs, *_, info = env.step(key)
+    truth = math.prod(chosen)
+    mistakes = {"this is the log of the product": math.log(truth)}
+    mistakes["this is a mean, not a product"] = sum(chosen) / 6
+    mistakes["the last action is missing"] = truth / chosen[-1]
+    compare(answer, truth, 0.01 * truth, mistakes)
+
+
+def separation(*answers):
+    truth = [2 / math.comb(2 * n, n) for n in (3, 4, 5)]
+    mistakes = {"either method may win, so this is half of it": [p / 2 for p in truth]}
+    compare(answers, truth, 6e-4, mistakes)
+
+
+CHECKS = {
+    "1": (think, "NORM P P P P P", "word, token or none, and the five probabilities"),
+    "2": (joint_probability, "LOG_P", "with four digits"),
+    "5": (words_matter, "WORD TASK SUCCESS", "first, next, wrong or was; a task; its success"),
+    "6": (discounts, "REWARD DISCOUNT RETURN", "the three numbers of the last step"),
+    "7": (trained_weights, "N", "the number of the actor's trained weights"),
+    "10": (adapter_on, "RUN RUN", "the folders: with the adapter off, and with it on"),
+    "11": (mended, "RUN RUN", "the folders: the sound run, and the mended one"),
+    "12": (never_serve, "CHOP_REWARD", "the value of step 5, with three digits"),
+    "13": (grpo, "FILE", "your file with the function advantages"),
+    "15": (shortest_way, "PRODUCT", "for pocket_lm, with three digits"),
+    "16": (separation, "P P P", "p for three, four and five seeds"),
+}
+
+
+def check(exercise=None, *answers):
+    """Say whether the answers are right, or which exercises can be checked."""
+    if exercise is None:
+        for number, (_, needs, meaning) in CHECKS.items():
+            print(f"check.py {number + ' ' + needs:25} {meaning}")
+        return
+    expect(exercise in CHECKS, f"only these exercises have a check: {', '.join(CHECKS)}")
+    function, needs, meaning = CHECKS[exercise]
+    expect(len(answers) == len(needs.split()), f"the answer is {needs}: {meaning}")
+    function(*answers)
+    print("Right.")
+
+
+def main(argv=()):
+    try:
+        check(*argv)
+    except Wrong as error:
+        sys.exit(f"Not yet: {error}.")
+    except (Exception, SystemExit) as error:  # in a file of the student
+        files = "twosome.py", *argv[1:]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"line {f.lineno} of {f.filename}: " for f in frames if f.filename.endswith(files)]
+        if not lines and not isinstance(error, SyntaxError):
+            raise
+        sys.exit(f"Not yet: {''.join(lines[-1:])}{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
