@@ -587,7 +587,7 @@ def test_evaluation_by_hand():
 def test_a_rollout_without_reward_is_thrown_away():
     """Otherwise the critic's errors would pass for advantages, and wear down the prior that is to
     lead to a reward; or a hopeless run would never end, or play the same again and again."""
-    agent, run = Guesser(small(rollout_steps=4, steps=24, test_episodes=1)), Notebook()
+    agent, run = Guesser(small(rollout_steps=4, steps=32, test_episodes=1)), Notebook()
 
     class Late(Toy):
         """It earns nothing in the first three rollouts."""
@@ -598,18 +598,12 @@ def test_a_rollout_without_reward_is_thrown_away():
 
     new_env = partial(toy_env, Late)
     twosome.train(agent, new_env, run)
-    assert len(run.rows) == 3 and run.decisions == 48
+    assert [row["remaining"] for row in run.rows] == [1, 0.75, 0.5, 0.25]
+    assert run.decisions == 56
     assert len(set(run.purposes)) == len(run.purposes)  # Each has random numbers of its own.
     Late.reward = 0.0
     with pytest.raises(UserError, match="hardly any rollout"):
         twosome.train(agent, new_env, Notebook())
-
-
-def test_what_remains_of_the_training_falls_to_zero():
-    """Otherwise the policy would not settle at the end, or a resumed run begin with large steps."""
-    run = Notebook()
-    twosome.train(Guesser(small(rollout_steps=4, steps=32)), toy_env, run)
-    assert [row["remaining"] for row in run.rows] == [1, 0.75, 0.5, 0.25]
 
 
 # === PPO ==========================================================================================
@@ -690,21 +684,17 @@ def test_updates_move_exactly_lora_and_critic(family):
     assert changed == {name for name in names if "lora_" in name or name.startswith("critic.")}
 
 
-def test_learning_rate_adapts_to_the_lm():
-    """Otherwise a large LM would be moved so far that it forgets the game, and a small one hardly;
-    or the entropy bonus would keep the policy random at the end."""
-    agent = an_agent()
+def test_learning_rates_fall_to_zero():
+    """Otherwise the policy would not settle at the end, or a resumed run begin with large steps; or
+    the entropy bonus would keep the policy random."""
+    agent = an_agent(rollout_steps=3)
     rollout = a_rollout(agent)
+    rollout.advantage *= 0  # Only the bonus pulls.
+    _, whole = learn(copy.deepcopy(agent), rollout, ent_coef=1.0)
+    _, part = learn(agent, rollout, remaining=0.25, ent_coef=1.0)
+    assert close([0.25 * gradient for gradient in whole], part) and whole[0].any()
     actor, critic = agent.optimizer.param_groups
-    for target_kl, factor in ((1e-9, 1 / 1.5), (1e9, 1.5)):
-        actor["lr"] = 0.001
-        metrics, _ = learn(agent, rollout, epochs=2, remaining=0.5, target_kl=target_kl)
-        assert metrics["approx_kl"] > 0 and actor["lr"] == pytest.approx(0.001 * factor)
-        assert critic["lr"] == 0.5 * SMALL.value_lr
-    for kl, expected in ((0.011, 1), (0.009, 1.5), (0.0024, 2.25)):
-        group = {"lr": 1.5}
-        twosome.adapt_learning_rate(group, kl, 0.01)
-        assert group["lr"] == pytest.approx(expected)
+    assert (actor["lr"], critic["lr"]) == (0.25 * SMALL.policy_lr, 0.25 * SMALL.value_lr)
 
 
 def test_gradient_is_the_policy_gradient():
@@ -718,7 +708,7 @@ def test_gradient_is_the_policy_gradient():
     policies = agent.log_policy(rollout.states)
     entropy = torch.cat(policies).exp().dot(-torch.cat(policies)) / len(policies)
     chosen = [log_pi[i] for log_pi, i in zip(policies, rollout.choice, strict=True)]
-    loss = -(torch.stack(chosen) * advantage / (advantage.std(correction=0) + 0.1)).mean()
+    loss = -(torch.stack(chosen) * advantage / (advantage.std(correction=0) + 1)).mean()
     expected = torch.autograd.grad(loss, list(trainable(agent.model).values()))
     for max_prompts in (1, 2):
         metrics, found = learn(copy.deepcopy(agent), rollout, max_prompts=max_prompts)
@@ -1198,7 +1188,7 @@ def test_a_model_is_found_from_any_folder(monkeypatch):
 def test_main_does_not_read_the_command_line_of_a_notebook(monkeypatch):
     """Otherwise main() would take the flags of Jupyter's kernel for its own."""
     monkeypatch.setattr(sys, "argv", ["kernel", "--steps", "7", "-f", "kernel.json"])
-    assert '"steps": 5120' in fails("--task", "tomato-salad", make_agent=refuse)
+    assert '"steps": 6144' in fails("--task", "tomato-salad", make_agent=refuse)
 
 
 def test_resume_keeps_its_flags(finished):

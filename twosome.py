@@ -31,7 +31,7 @@ printed, and the command line. "Untrained" is the LM as it comes, before any of 
 
 From the paper and its code come the policy and its three normalisations, the rules for prompts,
 LoRA and critic on one frozen LM, what the critic sees, macro-actions, PPO with its clipping and its
-early stop, and the critic's learning rate, which falls to 0. Its settings stand beside ours.
+early stop, and learning rates that fall to 0. Its settings stand beside ours in section 1.
 The two worlds are rewritten from their description, and section 9 is ours. We depart from the
 paper's code here:
 
@@ -40,9 +40,9 @@ paper's code here:
     section 4  LoRA is in all linear layers of the last ten blocks, not in queries and values of
                all blocks.
     section 4  The critic begins as V = 0, not at random.
-    section 6  Advantages are divided by their standard deviation + 0.1.
+    section 6  Advantages are divided by their standard deviation + 1.
     section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
-    section 6  The actor's learning rate adapts to the LM, and the entropy bonus falls to 0.
+    section 6  The entropy bonus falls to 0.
     section 7  A rollout in which all rewards are 0 is thrown away.
     section 8  The LM rehearses its language.
 """
@@ -94,7 +94,7 @@ class Settings:
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
     steps: int = (
-        None  # decisions to learn from; None: the task's, tomato-salad 5,120; paper: 50,000
+        None  # decisions to learn from; None: the task's, tomato-salad 6,144; paper: 50,000
     )
     gamma: float = (
         None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as the paper
@@ -403,10 +403,10 @@ class Agent(nn.Module):
         # The critic is small and stays on the CPU, to which features and log P are moved. D, the
         # size of the last hidden state, is the number of inputs of the LM's output layer.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
-        # One optimiser for two groups, LoRA and critic; `update` changes their learning rates. eps
-        # is the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
+        # One optimiser for two groups, LoRA and critic; `update` sets their learning rates. eps is
+        # the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
         groups = [{"params": trainable(part).values()} for part in (self.model, self.critic)]
-        self.optimizer = torch.optim.Adam(groups, settings.policy_lr, eps=1e-5)
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         # Two caches: the frozen LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
@@ -618,16 +618,6 @@ def take_step(optimizer, max_grad_norm):
     optimizer.step()
 
 
-def adapt_learning_rate(group, kl, target_kl):
-    """Change the learning rate of a group of weights until an update moves the policy by target_kl
-    to a quarter of it. A fixed rate would have to be found for each LM, because what moves a large
-    LM far moves a small one hardly. The paper's rate is fixed, but for its linear fall to 0."""
-    if kl > target_kl:
-        group["lr"] /= 1.5
-    if kl < target_kl / 4:
-        group["lr"] *= 1.5
-
-
 def update(agent, rollout, remaining, rng):
     """Move the actor towards decisions that turned out better than expected, but not far, and the
     critic towards the returns. Unlike in the paper's code both learn in the same gradient step, for
@@ -635,17 +625,18 @@ def update(agent, rollout, remaining, rng):
 
         policy_loss + 1/2 (V - R)^2 + extra_loss     (LoRA, the critic, LoRA again: section 8)
 
-    `remaining` is the part of the training that is left. The critic's learning rate falls with it
-    to 0, and so does the entropy bonus, which would keep the policy random at the end."""
+    `remaining` is the part of the training that is left. The learning rates fall with it to 0, and
+    so does the entropy bonus, which would keep the policy random at the end."""
     settings = agent.settings
     actor, critic = agent.optimizer.param_groups
+    actor["lr"] = remaining * settings.policy_lr
     critic["lr"] = remaining * settings.value_lr
     ent_coef = remaining * settings.ent_coef
     # The paper divides by the standard deviation. But where nothing happened, the advantages are
-    # only the critic's errors, of say 0.01, which this would blow up to 1. Divided by std + 0.1
-    # they become 0.1. Where some episodes succeed, std is larger and the 0.1 matters less.
+    # only the critic's errors, of say 0.01, which this would blow up to 1, beyond the entropy bonus
+    # that is to keep the policy exploring. Divided by std + 1 they stay small.
     advantage = rollout.advantage - rollout.advantage.mean()
-    advantage /= advantage.std(correction=0) + 0.1
+    advantage /= advantage.std(correction=0) + 1
     metrics = []
     for batch in minibatches(len(rollout.states), settings, rng):
         agent.optimizer.zero_grad()
@@ -661,7 +652,6 @@ def update(agent, rollout, remaining, rng):
             agent.extra_loss(rng).backward()
         take_step(agent.optimizer, settings.max_grad_norm)
     log = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
-    adapt_learning_rate(actor, log["approx_kl"], remaining * settings.target_kl)
     # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
     log["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
     # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw

@@ -123,13 +123,10 @@ for words in (
 
 # === E5. Departures: what the paper's code does, each alone. ======================================
 class SmallEps(Agent):
-    """The advantages A are divided by their standard deviation + 1e-8: with c = 1e7 the update's
-    c A / (std(c A) + 0.1) is the same as A / (std(A) + 1e-8)."""
+    """The advantages are divided by their standard deviation + 1e-8."""
 
     def learn(self, rollout, remaining, rng):
-        scaled = replace(rollout, advantage=1e7 * rollout.advantage)
-        # Its explained_variance is not used.
-        return super().learn(scaled, remaining, rng)
+        return baselines.update_with_eps(self, rollout, 1e-8, remaining, rng)
 
 
 class ConstantBonus(Agent):
@@ -141,15 +138,6 @@ class ConstantBonus(Agent):
         metrics = super().learn(rollout, remaining, rng)
         self.settings = given
         return metrics
-
-
-class FallingRate(Agent):
-    """The actor's learning rate falls linearly to 0, whatever the KL divergence is."""
-
-    def learn(self, rollout, remaining, rng):
-        actor, _ = self.optimizer.param_groups
-        actor["lr"] = remaining * self.settings.policy_lr
-        return super().learn(rollout, remaining, rng)
 
 
 class LimitEnds(TextEnv):
@@ -219,7 +207,6 @@ DEPARTURES = {
     "one epoch of four minibatches": Variant({"epochs": 1, "minibatches": 4}),
     "separate updates, V clipped": Variant(kind=SeparateUpdates),
     "a constant entropy bonus": Variant(kind=ConstantBonus),
-    "a learning rate that falls": Variant(kind=FallingRate),
 }
 VARIANTS = DEPARTURES | {norm: Variant({"norm": norm}) for norm in NORMS}
 for name, reword in PROMPTS.items():
