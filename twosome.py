@@ -26,14 +26,14 @@ the whole update where the policy has moved too far on average.
 
 Sections 2 to 7 are the method, and section 7 is the training loop, which you see whole. The rest
 is not needed to understand it: 8 keeps the LM's language, 9 computes the same numbers faster, 10
-loads an LM and puts the parts together, 11 to 14 are for several processes, a run's folder, what is
-printed, and the command line. "Untrained" is the LM as it comes, before any of this training.
+loads an LM and puts the parts together, 11 to 15 are for several processes, a run's folder, what is
+printed, checks, and the command line. "Untrained" is the LM as it comes, before any of this
+training.
 
 From the paper and its code come the policy and its three normalisations, the rules for prompts,
 LoRA and critic on one frozen LM, what the critic sees, macro-actions, PPO with its clipping and its
-early stop, and learning rates that fall to 0. Its settings stand beside ours in section 1.
-The two worlds are rewritten from their description, and section 9 is ours. We depart from the
-paper's code here:
+early stop, and learning rates that fall to 0. Its settings stand beside ours in section 1. The two
+worlds are rewritten from their description, and section 9 is ours. We depart from its code here:
 
     section 2  The words that join observation and goal are ours.
     section 2  At the time limit the value of the last state still counts.
@@ -93,12 +93,8 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = (
-        None  # decisions to learn from; None: the task's, tomato-salad 6,144; paper: 50,000
-    )
-    gamma: float = (
-        None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as the paper
-    )
+    steps: int = None  # decisions to learn from; None: 6,144 for tomato-salad; paper: 50,000 on
+    gamma: float = None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
     norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
@@ -879,6 +875,15 @@ def choose_scorer(model):
 
 
 # === 10. Loading: any causal LM, without running anybody's code. ==================================
+@torch.no_grad()
+def is_causal(model):
+    """Two texts differ only in their third token. At the second token a causal LM predicts the same
+    for both, and an encoder such as BERT does not."""
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
+    a, b = model(input_ids=ids).logits[:, 1].float()
+    return torch.allclose(a, b, rtol=0.01, atol=0.01)
+
+
 def load_lm(name, device="cpu", dtype="float32"):
     """Return (model, tokenizer) from a folder or the Hub."""
     if device == "auto":
@@ -906,15 +911,7 @@ def load_lm(name, device="cpu", dtype="float32"):
         ) from error
     # transformers fills missing weights with random numbers.
     require(not loading["missing_keys"], f"{name} lacks weights: {loading['missing_keys']}")
-    # Two texts differ only in their third token. At the second token a causal LM predicts the same
-    # for both, and an encoder such as BERT does not.
-    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
-    with torch.no_grad():
-        a, b = model(input_ids=ids).logits[:, 1].float()
-    require(
-        torch.allclose(a, b, 0.01, 0.01),
-        f"{name} is no causal LM: its logits depend on later words, or are NaN",
-    )
+    require(is_causal(model), f"{name} is no causal LM: its logits see later words, or are NaN")
     if Path(path).is_dir():
         model.name_or_path = Path(path).name  # LoRA's files shall name the LM, but no home folder.
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -934,11 +931,15 @@ def make_agent(settings, kind=Agent, lora=add_lora):
 
 
 # === 11. Several processes: each plays its own episodes, and averages keep their weights equal. ===
-#     torchrun --nproc_per_node 2 twosome.py
-# They begin with equal weights, because all use the same seed, and every gradient is averaged, so
-# the weights stay equal. Each has random numbers, episodes and minibatches of its own, and
-# normalises its own advantages. When one fails, torchrun ends the others.
 def start_processes():
+    """Join the processes that this command has started:
+
+        torchrun --nproc_per_node 2 twosome.py
+
+    They begin with equal weights, because all use the same seed, and every gradient is averaged, so
+    the weights stay equal. The KL divergence is averaged, so they stop an update together. Each has
+    random numbers, episodes and minibatches of its own, and normalises its own advantages. Only the
+    first one prints and writes. When one fails, torchrun ends the others."""
     if N_PROCESSES > 1:
         if torch.cuda.is_available():  # one GPU for each process of a machine
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -957,8 +958,14 @@ def gather(value):
 
 # === 12. A run: keep in a folder what is needed to go on, and what came out. ======================
 class Run:
-    """A folder with config.json, metrics.csv, checkpoint.pt, summary.json and adapter/. The files
-    are written aside and renamed, so that a kill leaves the old one or the new one, whole."""
+    """A folder with these files, which are written aside and renamed, so that a kill leaves the old
+    one or the new one, whole:
+
+        config.json     the settings
+        metrics.csv     the log, a row for each update
+        checkpoint.pt   all that is needed to go on
+        adapter/        LoRA, in the format of peft
+        summary.json    the settings, and the results before and after training"""
 
     def __init__(self, path, settings, method):
         self.path = Path(path)
@@ -1043,16 +1050,20 @@ class Run:
 
 
 def claim_folder(settings, method):
-    """Make the folder that --out names, or the first free one in runs/. mkdir fails where another
-    program was faster, so that two runs never share a folder."""
+    """Make the folder that --out names, or the first free one in runs/, for all processes. mkdir
+    fails where another program was faster, so that two runs never share a folder."""
     label = settings.norm if method == "twosome" else method
     name = f"runs/{settings.task}-{label}-seed{settings.seed}"
     names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
+    claimed = None
     for path in map(Path, names):
-        with suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-    raise UserError(f"{names[0]} exists; choose another --out, or --resume it")
+        if RANK == 0 and not claimed:
+            with suppress(FileExistsError):
+                path.mkdir(parents=True)
+                claimed = path
+    claimed = gather(claimed)[0]  # the one of the first process
+    require(claimed, f"{names[0]} exists; choose another --out, or --resume it")
+    return claimed
 
 
 # === 13. What one sees at the end: one episode in full, and the means of a hundred. ===============
@@ -1081,10 +1092,58 @@ def report(agent, new_env, run, purpose):
     return result
 
 
-# === 14. The command line: check what was asked for before anything is played. ====================
-# main calls in this order: parse, make_settings, try_env, claim_folder, make_agent, and then train
-# or, to evaluate a run, report.
+# === 14. Checks: what would fail later is refused before anything is played. ======================
 ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
+
+
+def make_settings(**values):
+    """The settings, checked, and with those that depend on the task filled in."""
+    settings = Settings(**values)
+    require(settings.env in ENVS, f"--env {settings.env} is unknown: {', '.join(ENVS)}")
+    env = ENVS[settings.env]
+    settings.task = settings.task or env.TASKS[0]
+    require(
+        settings.task in env.TASKS,
+        f"--task {settings.task} is none of {settings.env}'s: {', '.join(env.TASKS)}",
+    )
+    require(settings.norm in ("word", "token", "none"), f"--norm {settings.norm} is unknown")
+    settings.gamma = env.GAMMA if settings.gamma is None else settings.gamma
+    settings.steps = env.STEPS[settings.task] if settings.steps is None else settings.steps
+    settings.model = settings.model.rstrip("/")
+    if settings.model != "pocket_lm" and Path(settings.model).is_dir():
+        settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
+    decisions = settings.n_envs * settings.rollout_steps
+    require(
+        settings.minibatches <= decisions, f"--minibatches: a rollout has {decisions} decisions"
+    )
+    at_least_1 = "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts", "test_episodes"
+    for name, value in vars(settings).items():
+        if isinstance(value, int | float):
+            low = 1 if name in at_least_1 else 0
+            high = 1 if name in ("gamma", "gae_lambda") else 1e12
+            require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
+    return settings
+
+
+def make_env(agent, settings):
+    """An environment, wrapped for the agent, at the start of an episode."""
+    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
+
+
+def try_env(settings):
+    """Use each call of an environment once, before the LM is loaded."""
+    try:
+        env = make_env(Agent, settings)
+        state = env.env.get_state()
+        env.state()
+        env.step(0)
+        env.info["success"]  # a KeyError if it is missing
+        env.env.set_state(state)
+    except Exception as error:
+        raise UserError(f"the environment {settings.env} does not work: {error!r}") from error
+
+
+# === 15. The command line: train, go on with a run, or evaluate it. ===============================
 # What main reports in one line. All else is a bug and shows its traceback.
 USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutOfMemoryError
 
@@ -1125,58 +1184,14 @@ def read_config(path, **changes):
     return config | changes
 
 
-def make_settings(**values):
-    """The settings, with those that depend on the task filled in. What would fail late is refused
-    now, by name."""
-    settings = Settings(**values)
-    require(settings.env in ENVS, f"--env {settings.env} is unknown: {', '.join(ENVS)}")
-    env = ENVS[settings.env]
-    settings.task = settings.task or env.TASKS[0]
-    require(
-        settings.task in env.TASKS,
-        f"--task {settings.task} is none of {settings.env}'s: {', '.join(env.TASKS)}",
-    )
-    require(settings.norm in ("word", "token", "none"), f"--norm {settings.norm} is unknown")
-    settings.gamma = env.GAMMA if settings.gamma is None else settings.gamma
-    settings.steps = env.STEPS[settings.task] if settings.steps is None else settings.steps
-    settings.model = settings.model.rstrip("/")
-    if settings.model != "pocket_lm" and Path(settings.model).is_dir():
-        settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
-    highest = {"gamma": 1, "gae_lambda": 1, "minibatches": settings.n_envs * settings.rollout_steps}
-    for name, value in vars(settings).items():
-        if isinstance(value, int | float):
-            # Numbers of things, such as n_envs, are at least 1.
-            low = 0 if isinstance(value, float) or name in ("steps", "seed") else 1
-            high = highest.get(name, 1e12)
-            require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
-    return settings
-
-
-def make_env(agent, settings):
-    """An environment, wrapped for the agent, at the start of an episode."""
-    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
-
-
-def try_env(settings):
-    """Use each call of an environment once, before the LM is loaded."""
-    try:
-        env = make_env(Agent, settings)
-        state = env.env.get_state()
-        env.state()
-        env.step(0)
-        env.info["success"]  # a KeyError if it is missing
-        env.env.set_state(state)
-    except Exception as error:
-        raise UserError(f"the environment {settings.env} does not work: {error!r}") from error
-
-
 def how_to_go_on(run, program):
     """The end of an error message: the command that goes on with the run, if it saved anything."""
     with suppress(OSError):
         run.path.rmdir()  # This takes only an empty folder.
     if not run.path.exists():
         return ""
-    return f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
+    start = "python" if N_PROCESSES == 1 else f"torchrun --nproc_per_node {N_PROCESSES}"
+    return f"; to go on: {start} {program} --resume {shlex.quote(str(run.path))}"
 
 
 def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
@@ -1187,8 +1202,7 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         settings, resumed, evaluated = parse(argv, defaults or {})
         try_env(settings)
         start_processes()
-        # The folder of the first process is for all.
-        path = resumed or evaluated or gather(RANK == 0 and claim_folder(settings, method))[0]
+        path = resumed or evaluated or claim_folder(settings, method)
         run = Run(path, settings, method)
         torch.manual_seed(settings.seed)
         agent = make_agent(settings)
