@@ -93,7 +93,7 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions to learn from; None: 6,144 for tomato-salad; paper: 50,000 on
+    steps: int = None  # decisions to learn from; None: 6,144 for tomato-salad; paper: 50,000+
     gamma: float = None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
@@ -129,9 +129,11 @@ CACHE_SIZE = 100_000  # the largest number of entries of a cache
 RANK = int(os.environ.get("RANK", 0))
 N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
-# Shapes in the comments: B states with K actions each; L tokens; D hidden units; T decisions in
-# each of N environments, n = T * N in all. pi(a | s) is the policy, V(s) a value, R a return, A an
-# advantage.
+# Words: a decision is the choice of an action, which takes one or more primitive steps, the moves
+# of the world. A gradient step changes weights. An update is a rollout and its gradient steps.
+# Shapes: B states with K actions each; L tokens; D hidden units; T decisions in each of N
+# environments, n = T * N in all; m of them at a time. pi(a | s) is the policy, V(s) a value, R a
+# return, A an advantage.
 
 
 # --- Helpers ---
@@ -295,9 +297,9 @@ def plain_log_probs(model, encoded):
         targets = pad_sequence(targets, batch_first=True, padding_value=-100).to(model.device)
         logits = model(input_ids=rows, use_cache=False).logits  # (K, L, vocabulary)
         # Position t predicts token t + 1: the prompt's last token predicts the action's first.
-        logits = logits[:, len(prompt_ids) - 1 : -1].float().flatten(0, 1)
-        minus_log = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        log_probs.append(-minus_log.view(targets.shape).sum(-1))  # (K,)
+        logits = logits[:, len(prompt_ids) - 1 : -1].float().transpose(1, 2)
+        minus_log = F.cross_entropy(logits, targets, reduction="none")
+        log_probs.append(-minus_log.sum(-1))  # (K,)
     return log_probs
 
 
@@ -401,15 +403,16 @@ class Agent(nn.Module):
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
         # One optimiser for two groups, LoRA and critic; `update` sets their learning rates. eps is
         # the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
-        groups = [{"params": trainable(part).values()} for part in (self.model, self.critic)]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        actor = {"params": trainable(self.model).values()}
+        critic = {"params": self.critic.parameters()}
+        self.optimizer = torch.optim.Adam([actor, critic], eps=1e-5)
         # Two caches: the frozen LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
 
     def log_policy(self, states):
-        """log pi(. | s) for B states: B tensors (K,), with gradients. Equal states are scored only
-        once."""
+        """log pi(. | s) for B states: B tensors (K,), with gradients. Several environments are
+        often in the same state, which is scored only once."""
         distinct = sorted(set(states))
         encoded = [encode(self.tokenizer, *state) for state in distinct]
         log_probs = self.score(self.model, encoded)  # log P(a | s): tensors (K,)
@@ -420,9 +423,19 @@ class Agent(nn.Module):
             log_pis[state] = logits.log_softmax(-1)
         return [log_pis[state] for state in states]
 
+    def log_pi_and_entropy(self, states, choice):
+        """log pi(a | s) of the actions chosen in m states, and the entropies there, both (m,)."""
+        log_pi_a = []
+        entropy = []
+        for log_pi, a in zip(self.log_policy(states), choice, strict=True):
+            log_pi_a.append(log_pi[a])
+            # H = -sum_a pi(a | s) log pi(a | s)
+            entropy.append(-(log_pi.exp() * log_pi).sum())
+        return torch.stack(log_pi_a), torch.stack(entropy)
+
     @torch.no_grad()
     def cached_log_policy(self, states):
-        """The same without gradients, for playing: a state is scored once between two updates."""
+        """log_policy without gradients, for playing: a state is scored once between two updates."""
         # Sorted, so that prompts which begin alike share a chunk (section 9).
         new = sorted(set(states) - self.policy_cache.keys())
         for chunk in chunks(new, self.settings.max_prompts):
@@ -432,8 +445,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def features(self, states):
         """The critic's inputs (B, D): the LM's last hidden state at the last token of the prompt,
-        not of the phrases. The adapter is off: with it the inputs would shift with each gradient
-        step of the actor, and could not be cached. No gradient of the critic reaches the LM."""
+        not of the phrases. The adapter is off, because with it the inputs would shift with each
+        gradient step of the actor, and could not be cached. There is no gradient, because the
+        critic is not to change the LM."""
         if len(self.feature_cache) > CACHE_SIZE:
             self.feature_cache.clear()
         with self.model.disable_adapter():
@@ -537,6 +551,7 @@ def collect(agent, envs, rng):
 # === 6. PPO: make what turned out better than expected likelier, in small steps. ==================
 # The metrics that policy_loss returns, in this order:
 METRICS = "surrogate_loss", "entropy", "approx_kl", "clip_fraction"
+KL = METRICS.index("approx_kl")
 
 
 def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef):
@@ -583,16 +598,12 @@ def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
     distinct = sorted({rollout.states[i] for i in batch})
     for states in chunks(distinct, agent.settings.max_prompts):
         decisions = [i for i in batch if rollout.states[i] in states]
-        log_pi_a, entropy = [], []
-        log_pis = agent.log_policy([rollout.states[i] for i in decisions])
-        for log_pi, a in zip(log_pis, rollout.choice[decisions], strict=True):
-            log_pi_a.append(log_pi[a])
-            # H = -sum_a pi(a | s) log pi(a | s)
-            entropy.append(-(log_pi.exp() * log_pi).sum())
+        their_states = [rollout.states[i] for i in decisions]
+        log_pi_a, entropy = agent.log_pi_and_entropy(their_states, rollout.choice[decisions])
         loss, chunk_metrics = policy_loss(
-            torch.stack(log_pi_a),
+            log_pi_a,
             rollout.old_log_pi_a[decisions],
-            torch.stack(entropy),
+            entropy,
             advantage[decisions],
             agent.settings.clip_coef,
             ent_coef,
@@ -616,10 +627,10 @@ def take_step(optimizer, max_grad_norm):
 
 def update(agent, rollout, remaining, rng):
     """Move the actor towards decisions that turned out better than expected, but not far, and the
-    critic towards the returns. Unlike in the paper's code both learn in the same gradient step, for
-    which three calls of backward add up the gradient of
+    critic towards the returns. Unlike in the paper's code both learn in the same gradient step, of
 
-        policy_loss + 1/2 (V - R)^2 + extra_loss     (LoRA, the critic, LoRA again: section 8)
+        policy_loss + extra_loss     for LoRA (for extra_loss see section 8)
+        1/2 (V - R)^2                for the critic
 
     `remaining` is the part of the training that is left. The learning rates fall with it to 0, and
     so does the entropy bonus, which would keep the policy random at the end."""
@@ -628,7 +639,7 @@ def update(agent, rollout, remaining, rng):
     actor["lr"] = remaining * settings.policy_lr
     critic["lr"] = remaining * settings.value_lr
     ent_coef = remaining * settings.ent_coef
-    # The paper divides by the standard deviation. But where nothing happened, the advantages are
+    # The paper's code divides by the standard deviation. But where nothing happened, advantages are
     # only the critic's errors, of say 0.01, which this would blow up to 1, beyond the entropy bonus
     # that is to keep the policy exploring. Divided by std + 1 they stay small.
     advantage = rollout.advantage - rollout.advantage.mean()
@@ -636,14 +647,15 @@ def update(agent, rollout, remaining, rng):
     metrics = []
     for batch in minibatches(len(rollout.states), settings, rng):
         agent.optimizer.zero_grad()
-        # The loss is the mean of 1/2 (V - R)^2. The paper clips the change of V, too.
-        value = agent.value([rollout.states[i] for i in batch])
-        (0.5 * F.mse_loss(value, rollout.returns[batch])).backward()
         metrics.append(backward_policy_loss(agent, rollout, advantage, batch, ent_coef))
-        if metrics[-1][METRICS.index("approx_kl")] > settings.target_kl:
+        if metrics[-1][KL] > settings.target_kl:
             # The steps before this one have moved the policy too far from the one that collected
             # the rollout. They stay, but this one is not taken, and the update ends.
             break
+        # The mean of 1/2 (V - R)^2. The paper's code clips the change of V, too.
+        value = agent.value([rollout.states[i] for i in batch])
+        value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
+        value_loss.backward()
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
         take_step(agent.optimizer, settings.max_grad_norm)
@@ -651,8 +663,7 @@ def update(agent, rollout, remaining, rng):
     # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
     log["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
     # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
-    unexplained = rollout.advantage.var() / rollout.returns.var()
-    log["explained_variance"] = 1 - unexplained.item()
+    log["explained_variance"] = 1 - (rollout.advantage.var() / rollout.returns.var()).item()
     return log
 
 
@@ -704,7 +715,7 @@ def train(agent, new_env, run):
         # update, and we play on. The paper's code learns from it. The cost of our rule is a critic
         # that sees fewer failures and expects too much. In Overcooked each move costs a little, so
         # no reward is 0.
-        if not average(rollout.reward.abs().sum()):
+        if average(rollout.reward.abs().sum()) == 0:
             require(run.decisions < 100 * settings.steps, "hardly any rollout has a reward")
             continue
 
@@ -802,7 +813,7 @@ class FrozenBlocks(nn.Module):
         self.blocks = blocks
         self.cache = {}  # node -> hidden state (D,)
         # TreeScorer leaves the nodes of its next pass here, because the LM's forward has no
-        # argument for them. Other passes have none and are not cached.
+        # argument for them. Other passes leave none: all blocks run, and nothing is cached.
         self.next_nodes = ()
 
     def forward(self, hidden, *args, **kwargs):
@@ -986,9 +997,8 @@ class Run:
             unfinished.replace(self.path / name)
 
     def log(self, metrics):
-        row = {"update": len(self.rows) + 1, "decisions": self.decisions, **metrics}
-        row["seconds"] = time.perf_counter() - self.started
-        self.rows.append(row)
+        clock = time.perf_counter() - self.started
+        self.rows.append({"decisions": self.decisions, **metrics, "seconds": clock})
         table = io.StringIO()
         writer = csv.DictWriter(table, self.rows[0], lineterminator="\n")
         writer.writeheader()
@@ -1056,11 +1066,11 @@ def claim_folder(settings, method):
     name = f"runs/{settings.task}-{label}-seed{settings.seed}"
     names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
     claimed = None
-    for path in map(Path, names):
-        if RANK == 0 and not claimed:
-            with suppress(FileExistsError):
-                path.mkdir(parents=True)
-                claimed = path
+    for path in map(Path, names if RANK == 0 else []):
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            claimed = path
+            break
     claimed = gather(claimed)[0]  # the one of the first process
     require(claimed, f"{names[0]} exists; choose another --out, or --resume it")
     return claimed
@@ -1119,7 +1129,7 @@ def make_settings(**values):
     at_least_1 = "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts", "test_episodes"
     for name, value in vars(settings).items():
         if isinstance(value, int | float):
-            low = 1 if name in at_least_1 else 0
+            low = int(name in at_least_1)
             high = 1 if name in ("gamma", "gae_lambda") else 1e12
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
     return settings
@@ -1164,8 +1174,9 @@ def parse(argv, defaults):
     modes.add_argument("--evaluate", metavar="RUN", help="play 100 other episodes")
     given = vars(parser.parse_args(argv))  # only what was typed
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
-    others = given.keys() - {"steps", "device", "max_prompts"}
-    require(not others or not resumed, "--resume goes only with --steps, --device, --max_prompts")
+    if resumed:
+        others = given.keys() - {"steps", "device", "max_prompts"}
+        require(not others, "--resume goes only with --steps, --device and --max_prompts")
     folder = resumed or evaluated
     values = read_config(folder, **given) if folder else defaults | given
     return make_settings(**values), resumed, evaluated
