@@ -60,6 +60,7 @@ import sys
 import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
@@ -85,7 +86,7 @@ from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
 
 
-# === 1. Settings: the same values for pocket_lm, SmolLM2-135M and all tasks. ======================
+# === 1. Settings: one set for all tasks and LMs; only steps and gamma belong to a task. ===========
 @dataclass
 class Settings:
     """Each line is a flag of the command line, such as --n_envs 8."""
@@ -132,8 +133,8 @@ N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 # Words: a decision is the choice of an action, which takes one or more primitive steps, the moves
 # of the world. A gradient step changes weights. An update is a rollout and its gradient steps.
 # Shapes: B states with K actions each; L tokens; D hidden units; T decisions in each of N
-# environments, n = T * N in all; m of them at a time. pi(a | s) is the policy, V(s) a value, R a
-# return, A an advantage.
+# environments, n = T * N in all; m of them in a part of a minibatch. pi(a | s) is the policy, s' is
+# the state after the action, V(s) a value, R a return, A an advantage.
 
 
 # --- Helpers ---
@@ -175,8 +176,8 @@ def build_prompt(obs, goal):
        hands it is "walk to the cutting board", with the tomato in them "put the raw tomato on the
        cutting board".
 
-    We compared twenty ways to join the two. With "The first step to ... is to" untrained LMs do
-    best, by a rule that was fixed before the comparison (experiments/wording.py).
+    We compared twenty ways to join observation and goal. With "The first step to ... is to"
+    untrained LMs do best, by a rule that was fixed before the comparison (experiments/wording.py).
     >>> build_prompt("You hold the raw tomato.", "make a soup")
     'You hold the raw tomato. The first step to make a soup is to'
     """
@@ -268,7 +269,9 @@ def encode(tokenizer, prompt, phrases):
         # ends it is left out.
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
         # A straddling token starts in the prompt and goes on beyond the space, which is at `end`.
-        straddling = [t for t, (start, stop) in enumerate(offsets) if start < end < stop - 1]
+        straddling = [
+            t for t, (start, stop) in enumerate(offsets) if start < end and stop > end + 1
+        ]
         prompts.append(ids[: min(own, default=0)])
         action_ids.append([ids[t] for t in own])
         require(
@@ -297,7 +300,8 @@ def plain_log_probs(model, encoded):
         targets = pad_sequence(targets, batch_first=True, padding_value=-100).to(model.device)
         logits = model(input_ids=rows, use_cache=False).logits  # (K, L, vocabulary)
         # Position t predicts token t + 1: the prompt's last token predicts the action's first.
-        logits = logits[:, len(prompt_ids) - 1 : -1].float().transpose(1, 2)
+        logits = logits[:, len(prompt_ids) - 1 : -1].float()  # (K, longest action, vocabulary)
+        logits = logits.transpose(1, 2)  # cross_entropy wants the vocabulary second.
         minus_log = F.cross_entropy(logits, targets, reduction="none")
         log_probs.append(-minus_log.sum(-1))  # (K,)
     return log_probs
@@ -549,13 +553,8 @@ def collect(agent, envs, rng):
 
 
 # === 6. PPO: make what turned out better than expected likelier, in small steps. ==================
-# The metrics that policy_loss returns, in this order:
-METRICS = "surrogate_loss", "entropy", "approx_kl", "clip_fraction"
-KL = METRICS.index("approx_kl")
-
-
 def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef):
-    """PPO's loss (Schulman et al., 2017) of each of m decisions, and its METRICS (4, m).
+    """PPO's loss (Schulman et al., 2017) of each of m decisions, and metrics of each, by name.
 
         ratio = pi(a | s) / pi_old(a | s)
         loss = -min(ratio A, clip(ratio, 1 - c, 1 + c) A) - ent_coef H(pi(. | s)),  c: clip_coef
@@ -576,10 +575,13 @@ def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     loss = -surrogate - ent_coef * entropy
-    # ratio - 1 - log ratio is never negative, and its mean estimates KL(pi_old || pi).
-    kl = ratio - 1 - log_ratio
-    metrics = torch.stack([-surrogate, entropy, kl, (ratio != clipped).float()])
-    return loss, metrics.detach()
+    metrics = {
+        "entropy": entropy,
+        # This is never negative, and its mean estimates KL(pi_old || pi).
+        "approx_kl": ratio - 1 - log_ratio,
+        "clip_fraction": (ratio != clipped).float(),
+    }
+    return loss, metrics
 
 
 def minibatches(n, settings, rng):
@@ -592,14 +594,15 @@ def minibatches(n, settings, rng):
 
 def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
     """Add the gradient of the policy loss, averaged over the minibatch `batch`, to LoRA's. Returns
-    the means of METRICS (4,). Memory may not suffice for all states at once. So they come in
+    the means of its metrics. Memory may not suffice for all states at once. So they come in
     chunks, each with the decisions that were taken in its states, and the gradients add up."""
-    metrics = torch.zeros(4)
+    metrics = defaultdict(float)
     distinct = sorted({rollout.states[i] for i in batch})
     for states in chunks(distinct, agent.settings.max_prompts):
         decisions = [i for i in batch if rollout.states[i] in states]
-        their_states = [rollout.states[i] for i in decisions]
-        log_pi_a, entropy = agent.log_pi_and_entropy(their_states, rollout.choice[decisions])
+        log_pi_a, entropy = agent.log_pi_and_entropy(
+            [rollout.states[i] for i in decisions], rollout.choice[decisions]
+        )
         loss, chunk_metrics = policy_loss(
             log_pi_a,
             rollout.old_log_pi_a[decisions],
@@ -609,8 +612,9 @@ def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
             ent_coef,
         )
         (loss.sum() / len(batch)).backward()
-        metrics += chunk_metrics.sum(1) / len(batch)
-    return average(metrics)
+        for name, values in chunk_metrics.items():
+            metrics[name] += values.detach().sum() / len(batch)
+    return {name: average(mean).item() for name, mean in metrics.items()}
 
 
 def take_step(optimizer, max_grad_norm):
@@ -644,27 +648,25 @@ def update(agent, rollout, remaining, rng):
     # that is to keep the policy exploring. Divided by std + 1 they stay small.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage /= advantage.std(correction=0) + 1
-    metrics = []
     for batch in minibatches(len(rollout.states), settings, rng):
         agent.optimizer.zero_grad()
-        metrics.append(backward_policy_loss(agent, rollout, advantage, batch, ent_coef))
-        if metrics[-1][KL] > settings.target_kl:
-            # The steps before this one have moved the policy too far from the one that collected
-            # the rollout. They stay, but this one is not taken, and the update ends.
+        metrics = backward_policy_loss(agent, rollout, advantage, batch, ent_coef)
+        if metrics["approx_kl"] > settings.target_kl:
+            # As this minibatch shows, the steps before have moved the policy too far from the one
+            # that collected the rollout. They stay, this step is not taken, and the update ends.
             break
         # The mean of 1/2 (V - R)^2. The paper's code clips the change of V, too.
         value = agent.value([rollout.states[i] for i in batch])
-        value_loss = 0.5 * F.mse_loss(value, rollout.returns[batch])
-        value_loss.backward()
+        (0.5 * F.mse_loss(value, rollout.returns[batch])).backward()
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
         take_step(agent.optimizer, settings.max_grad_norm)
-    log = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True))
     # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
-    log["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
+    metrics["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
     # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
-    log["explained_variance"] = 1 - (rollout.advantage.var() / rollout.returns.var()).item()
-    return log
+    unexplained = rollout.advantage.var() / rollout.returns.var()
+    metrics["explained_variance"] = 1 - unexplained.item()
+    return metrics  # those of the policy are the last minibatch's
 
 
 # === 7. The training loop: play, judge, learn, log. ===============================================
@@ -707,16 +709,17 @@ def train(agent, new_env, run):
     bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
     while len(run.rows) < n_updates:
         # Play, and judge each decision by what followed.
-        rng = run.rng(f"decision {run.decisions}")  # so that a resumed run draws the same numbers
+        # Seeded by the count of decisions, so that a resumed run draws the same numbers.
+        rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
-        agent.policy_cache.clear()  # because the policy is going to change
+        agent.policy_cache.clear()  # The policy is going to change.
         # Where all rewards are 0, nothing tells one action from another. Such a rollout is no
         # update, and we play on. The paper's code learns from it. The cost of our rule is a critic
         # that sees fewer failures and expects too much. In Overcooked each move costs a little, so
         # no reward is 0.
         if average(rollout.reward.abs().sum()) == 0:
-            require(run.decisions < 100 * settings.steps, "hardly any rollout has a reward")
+            require(run.decisions < 100 * n_updates * decisions_per_update, "hardly any reward")
             continue
 
         # Learn: the gradient steps of PPO.
@@ -781,21 +784,21 @@ def as_tree(encoded):
     - mask (L, L): True where a node may look, at itself and at its own prefixes,
     - sources: for each token of each action the index of the node that predicts it,
     - targets: that token."""
-    nodes = {}  # prefix -> its index
+    index = {}  # node, a prefix -> its index
     sources, targets = [], []
     for prompt_ids, action_ids in encoded:
         for ids in action_ids:
             row = tuple(prompt_ids + ids)
             for end in range(1, len(row)):
-                node = nodes.setdefault(row[:end], len(nodes))  # a known index, or a new one
+                i = index.setdefault(row[:end], len(index))  # a known index, or a new one
                 if end >= len(prompt_ids):
-                    sources.append(node)
+                    sources.append(i)
                     targets.append(row[end])  # the token that follows
-    mask = torch.eye(len(nodes), dtype=torch.bool)
-    for prefix, node in nodes.items():
+    mask = torch.eye(len(index), dtype=torch.bool)
+    for prefix, i in index.items():
         if len(prefix) > 1:
-            mask[node] |= mask[nodes[prefix[:-1]]]
-    return list(nodes), mask, sources, targets
+            mask[i] |= mask[index[prefix[:-1]]]
+    return list(index), mask, sources, targets
 
 
 class FrozenBlocks(nn.Module):
@@ -838,7 +841,8 @@ class TreeScorer:
     tokens before it, as in a row of its own. So the LM computes the same for it."""
 
     def __init__(self, model):
-        """Replace the frozen blocks of a model that has LoRA."""
+        """Replace the frozen blocks of a model that has LoRA. If it has no more than ten blocks,
+        none is frozen, and nothing is replaced."""
         blocks = decoder_blocks(model)
         n_frozen = sum(not trainable(block) for block in blocks)
         self.frozen = FrozenBlocks(blocks[:n_frozen])
@@ -886,13 +890,13 @@ def choose_scorer(model):
 
 
 # === 10. Loading: any causal LM, without running anybody's code. ==================================
-@torch.no_grad()
-def is_causal(model):
-    """Two texts differ only in their third token. At the second token a causal LM predicts the same
-    for both, and an encoder such as BERT does not."""
-    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
-    a, b = model(input_ids=ids).logits[:, 1].float()
-    return torch.allclose(a, b, rtol=0.01, atol=0.01)
+def make_agent(settings, kind=Agent, lora=add_lora):
+    """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
+    model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
+    model = lora(model)
+    coef = settings.rehearsal_coef
+    rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
+    return kind(model, tokenizer, settings, choose_scorer(model), rehearsal)
 
 
 def load_lm(name, device="cpu", dtype="float32"):
@@ -932,13 +936,13 @@ def load_lm(name, device="cpu", dtype="float32"):
     return model, tokenizer
 
 
-def make_agent(settings, kind=Agent, lora=add_lora):
-    """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
-    model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
-    model = lora(model)
-    coef = settings.rehearsal_coef
-    rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
-    return kind(model, tokenizer, settings, choose_scorer(model), rehearsal)
+@torch.no_grad()
+def is_causal(model):
+    """Two texts differ only in their third token. At the second token a causal LM predicts the same
+    for both, and an encoder such as BERT does not."""
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
+    a, b = model(input_ids=ids).logits[:, 1].float()
+    return torch.allclose(a, b, rtol=0.01, atol=0.01)
 
 
 # === 11. Several processes: each plays its own episodes, and averages keep their weights equal. ===
@@ -1066,11 +1070,12 @@ def claim_folder(settings, method):
     name = f"runs/{settings.task}-{label}-seed{settings.seed}"
     names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
     claimed = None
-    for path in map(Path, names if RANK == 0 else []):
-        with suppress(FileExistsError):
-            path.mkdir(parents=True)
-            claimed = path
-            break
+    if RANK == 0:
+        for path in map(Path, names):
+            with suppress(FileExistsError):
+                path.mkdir(parents=True)
+                claimed = path
+                break
     claimed = gather(claimed)[0]  # the one of the first process
     require(claimed, f"{names[0]} exists; choose another --out, or --resume it")
     return claimed
@@ -1179,6 +1184,8 @@ def parse(argv, defaults):
         require(not others, "--resume goes only with --steps, --device and --max_prompts")
     folder = resumed or evaluated
     values = read_config(folder, **given) if folder else defaults | given
+    if evaluated:
+        values["rehearsal_coef"] = 0.0  # No texts are written, because nothing is learned.
     return make_settings(**values), resumed, evaluated
 
 
