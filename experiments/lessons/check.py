@@ -279,7 +279,7 @@ CHECKS = {
 
 
 def main(argv=()):
-    if not argv:
+    if not argv or argv[0] in ("-h", "--help"):
         for number, (_, needs, meaning) in CHECKS.items():
             print(f"check.py {number + ' ' + needs:25} {meaning}")
         return
