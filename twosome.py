@@ -164,7 +164,7 @@ def trainable(module):
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-# === 2. Prompt: the observation begins a sentence, and each action is an ending of it. ============
+# === 2. Prompt: an observation begins a sentence, and each action ends it. How time is counted. ===
 def build_prompt(obs, goal):
     """Return the prompt, an unfinished sentence; a space and a phrase finish it.
 
@@ -666,7 +666,7 @@ def update(agent, rollout, remaining, rng):
     # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
     unexplained = rollout.advantage.var() / rollout.returns.var()
     metrics["explained_variance"] = 1 - unexplained.item()
-    return metrics  # those of the policy are the last minibatch's
+    return metrics  # Those of the policy are the last minibatch's, also if its step was not taken.
 
 
 # === 7. The training loop: play, judge, learn, log. ===============================================
@@ -714,10 +714,10 @@ def train(agent, new_env, run):
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
         agent.policy_cache.clear()  # The policy is going to change.
-        # Where all rewards are 0, nothing tells one action from another. Such a rollout is no
-        # update, and we play on. The paper's code learns from it. The cost of our rule is a critic
-        # that sees fewer failures and expects too much. In Overcooked each move costs a little, so
-        # no reward is 0.
+        # Where all rewards are 0, a rollout tells only what the critic believes. It is no update,
+        # and we play on. The paper's code learns from it. The cost of our rule is a critic that
+        # sees fewer failures and expects too much. In Overcooked each move costs a little, so no
+        # reward is 0.
         if average(rollout.reward.abs().sum()) == 0:
             require(run.decisions < 100 * n_updates * decisions_per_update, "hardly any reward")
             continue
@@ -856,14 +856,17 @@ class TreeScorer:
         # The mask is added to attention's scores. It is finite, as some kernels make NaN of -inf.
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min)
         self.frozen.next_nodes = nodes
-        output = model(
-            input_ids=last_tokens[None],
-            position_ids=positions[None],
-            attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
-            # Only these nodes predict tokens of actions; one that predicts several is repeated.
-            logits_to_keep=torch.tensor(sources, device=model.device),
-            use_cache=False,
-        )
+        try:
+            output = model(
+                input_ids=last_tokens[None],
+                position_ids=positions[None],
+                attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
+                # Only these nodes predict tokens of actions; one that predicts several is repeated.
+                logits_to_keep=torch.tensor(sources, device=model.device),
+                use_cache=False,
+            )
+        finally:
+            self.frozen.next_nodes = ()  # also where the pass was interrupted
         targets = torch.tensor(targets, device=model.device)
         minus_log = F.cross_entropy(output.logits[0].float(), targets, reduction="none")
         n_tokens = []  # of each action of each state
@@ -873,9 +876,9 @@ class TreeScorer:
         return log_probs.split([len(action_ids) for _, action_ids in encoded])  # B tensors (K,)
 
 
-# For these families test_twosome.py compares the tree with the definition. In others it may matter
-# how far apart two nodes stand (sliding windows, ALiBi), or tokens are read strictly in order
-# (state-space models).
+# For these families test_twosome.py compares the tree with the definition. Other families may take
+# the distance of two tokens from their places in the input, between which a tree has other branches
+# (sliding windows, ALiBi), or read tokens strictly in order (state-space models).
 TREE_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3"]
 TREE_FAMILIES += ["gpt2", "gpt_neox", "opt", "phi"]
 
@@ -1098,7 +1101,7 @@ def show_episode(agent, new_env, rng):
 
 
 def report(agent, new_env, run, purpose):
-    """Play 100 episodes and print their means, after one more in full. Returns the means."""
+    """Print one episode in full, then the means of 100 others. Returns the means."""
     rng = run.rng(purpose)
     result = evaluate(agent, new_env, EVALUATION_EPISODES, rng)
     if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
@@ -1164,13 +1167,14 @@ USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutO
 
 
 def parse(argv, defaults):
-    """Return the settings, and the folder of a run to resume or to evaluate."""
+    """Return (settings, resumed, evaluated). The latter two are folders of runs, or None."""
     parser = ArgumentParser(
         epilog="The other flags, with default and reason:\n" + inspect.getsource(Settings),
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for field in fields(Settings):
+        # SUPPRESS: --help shows the lines of Settings instead, and `given` holds what was typed.
         parser.add_argument(f"--{field.name}", type=field.type, default=SUPPRESS, help=SUPPRESS)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(

@@ -5,7 +5,7 @@
 
 Learning curves: runs that differ in the seed and nothing else are thin lines of one colour, and a
 thick line is their mean. Each point is the mean of the episodes that a run has played after an
-update (32 by default). It stands at the number of decisions that were made until then.
+update (16 by default). It stands at the number of decisions that were made until then.
 
 --states follows the trained policy's most probable actions, and shows how probable each action was
 on the way, untrained and trained.
@@ -101,15 +101,16 @@ def references(task):
 
 
 def draw_references(axis, heights):
-    """Curves begin low and end high, so there is room for these names at the other ends."""
+    """Curves lie between the two, so there is room for the names below the one and above the
+    other."""
     random_choice, best = heights
-    left, right = axis.get_xlim()
-    style = {"color": "0.4", "fontsize": 7, "va": "top"}
+    _, right = axis.get_xlim()
+    style = {"color": "0.4", "fontsize": 7, "ha": "right"}
     axis.axhline(random_choice, color="0.4", linestyle=":", linewidth=1)
-    axis.annotate("random choice", (right, random_choice), ha="right", **style)
+    axis.annotate("random choice", (right, random_choice), va="top", **style)
     if best is not None:
         axis.axhline(best, color="0.4", linestyle=":", linewidth=1)
-        axis.annotate("best possible", (left, best), **style)
+        axis.annotate("best possible", (right, best), va="bottom", **style)
 
 
 def learning_curves(panels, path, title="Thin lines are single runs, thick lines are their means."):
@@ -130,7 +131,7 @@ def learning_curves(panels, path, title="Thin lines are single runs, thick lines
             draw_references(axis, pair)
             axis.set_title(f"{task}: {metric.replace('return', 'discounted return')}", loc="left")
             axis.set_xlabel("decisions")
-        row[0].set_ylim(-0.03, 1.03)
+        row[0].set_ylim(-0.07, 1.07)
         label_ends(row[1], ends, styles)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)

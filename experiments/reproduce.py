@@ -10,7 +10,7 @@
 A job trains one agent and measures it. It is a label, a task and a seed, and it ends as one row of
 runs.csv. What is there is not made again, so an interrupted call goes on where it stopped, within a
 job at its last update. Success and return at the end are exact (exact.py), those along the way are
-means of 32 sampled episodes. If there is a file text.md, it stands at the top of RESULTS.md.
+means of 16 sampled episodes. If there is a file text.md, it stands at the top of RESULTS.md.
 
 E1 sample efficiency   TWOSOME with three normalisations, PPO, SayCan, untrained, random choice
 E2 unseen tasks        six chores, along the way of the training on another one
