@@ -1130,16 +1130,14 @@ def make_settings(**values):
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
         settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
-    decisions = settings.n_envs * settings.rollout_steps
-    require(
-        settings.minibatches <= decisions, f"--minibatches: a rollout has {decisions} decisions"
-    )
     at_least_1 = "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts", "test_episodes"
     for name, value in vars(settings).items():
         if isinstance(value, int | float):
             low = int(name in at_least_1)
             high = 1 if name in ("gamma", "gae_lambda") else 1e12
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
+    decisions = settings.n_envs * settings.rollout_steps
+    require(settings.minibatches <= decisions, f"--minibatches: there are {decisions} decisions")
     return settings
 
 
