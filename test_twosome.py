@@ -1,6 +1,6 @@
 """Tests that teach: each says in one sentence what would go wrong if it failed.
 
-    pytest                      # all, in two minutes on one CPU core, without network
+    pytest                      # all, in three minutes on one CPU core, without network
     pytest -k boundary -v       # one topic
 
 In the order of twosome.py; then the environments, pocket_lm, the experiments and the READMEs.
