@@ -3,8 +3,9 @@
     python experiments/lessons/check.py              # which exercises, and what each needs
     python experiments/lessons/check.py 2 -1.234     # the answer to exercise 2
 
-It answers in one line. Where it knows the mistake, it names the mistake. It computes the truth by
-itself, from pocket_lm and the environments, so that a changed twosome.py does not matter.
+It answers in one line. Where it knows the mistake, it names the mistake. It finds the truth by
+itself, from pocket_lm and the environments. Only exercise 5 needs twosome.py for that, and there
+the prompt in it does not matter.
 """
 
 import csv
