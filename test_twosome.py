@@ -373,7 +373,7 @@ def test_caches_are_bounded(monkeypatch):
         agent.features([state])
         nodes = twosome.as_tree([encode(agent.tokenizer, *state)])[0]
         assert len(agent.score.frozen.cache) <= 5 + len(nodes)
-        assert len(agent.feature_cache) <= 6
+        assert len(agent.policy_cache) <= 6 and len(agent.feature_cache) <= 6
     assert encode.cache_info().maxsize == 100_000
 
 
@@ -446,8 +446,7 @@ def test_policies_are_cached_until_the_policy_moves():
     before = agent.cached_log_policy([*STATES, *STATES])
     scored = [len(call.args[1]) for call in agent.score.call_args_list]
     assert sum(scored) == len(STATES) and close(before[:33], before[33:], 0)
-    agent.settings = small(steps=24, test_episodes=1)
-    twosome.train(agent, partial(twosome.make_env, agent, SMALL), Notebook())
+    learn(agent, a_rollout(agent))
     after = agent.cached_log_policy(STATES)
     assert close(after, agent.log_policy(STATES)) and not close(after, before[:33], 1e-3)
 
@@ -492,7 +491,7 @@ def toy_env(kind=Toy):
 class Guesser(nn.Module):
     """A stub of an agent, which acts at random and learns nothing."""
 
-    wrapper, logits, policy_cache = TextEnv, torch.zeros(2), {}
+    wrapper, logits = TextEnv, torch.zeros(2)
 
     def __init__(self, settings=SMALL):
         super().__init__()

@@ -9,7 +9,7 @@ and a small network that learns how good a state is. The LM itself stays frozen.
     python twosome.py            # half a minute on a CPU core; success rises from about 0.7 to 1.0
     python twosome.py --help     # all settings
 
-One decision of pocket_lm, the tiny LM that comes along, from an observation to a loss:
+One decision of pocket_lm, the tiny LM that is included, from an observation to a loss:
 
     observation  You are at the table. You hold the raw tomato.
     prompt       ... The first step to serve a salad of chopped tomato in a bowl is to
@@ -124,7 +124,7 @@ class Settings:
 
 EVALUATION_EPISODES = 100  # before training, and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all. Its rank is in section 4.
-CACHE_SIZE = 100_000  # the largest number of entries of a cache
+CACHE_SIZE = 100_000  # A cache with more entries is emptied before its next use.
 # torchrun (section 11) starts several processes and tells each its rank. One alone has rank 0, and
 # then all that is said about processes does nothing.
 RANK = int(os.environ.get("RANK", 0))
@@ -407,39 +407,28 @@ class Agent(nn.Module):
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
         # One optimiser for two groups, LoRA and critic; `update` sets their learning rates. eps is
         # the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
-        actor = {"params": trainable(self.model).values()}
-        critic = {"params": self.critic.parameters()}
-        self.optimizer = torch.optim.Adam([actor, critic], eps=1e-5)
+        groups = [{"params": trainable(self.model).values()}, {"params": self.critic.parameters()}]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         # Two caches: the frozen LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
 
     def log_policy(self, states):
-        """log pi(. | s) for B states: B tensors (K,), with gradients. Several environments are
-        often in the same state, which is scored only once."""
-        distinct = sorted(set(states))
-        encoded = [encode(self.tokenizer, *state) for state in distinct]
-        log_probs = self.score(self.model, encoded)  # log P(a | s): tensors (K,)
-        log_pis = {}
-        for state, (_, action_ids), log_p in zip(distinct, encoded, log_probs, strict=True):
-            logits = normalize(log_p.cpu(), action_ids, state[1], self.settings.norm)
+        """log pi(. | s) for B states: B tensors (K,), with gradients."""
+        encoded = [encode(self.tokenizer, *state) for state in states]
+        log_probs = self.score(self.model, encoded)  # log P(a | s): B tensors (K,)
+        log_pis = []
+        for (_, phrases), (_, action_ids), log_p in zip(states, encoded, log_probs, strict=True):
+            logits = normalize(log_p.cpu(), action_ids, phrases, self.settings.norm)
             # pi(a | s) = exp(logit of a) / sum over the K actions of exp(logit)
-            log_pis[state] = logits.log_softmax(-1)
-        return [log_pis[state] for state in states]
-
-    def log_pi_and_entropy(self, states, choice):
-        """log pi(a | s) of the actions chosen in m states, and the entropies there, both (m,)."""
-        log_pi_a = []
-        entropy = []
-        for log_pi, a in zip(self.log_policy(states), choice, strict=True):
-            log_pi_a.append(log_pi[a])
-            # H = -sum_a pi(a | s) log pi(a | s)
-            entropy.append(-(log_pi.exp() * log_pi).sum())
-        return torch.stack(log_pi_a), torch.stack(entropy)
+            log_pis.append(logits.log_softmax(-1))
+        return log_pis
 
     @torch.no_grad()
     def cached_log_policy(self, states):
         """log_policy without gradients, for playing: a state is scored once between two updates."""
+        if len(self.policy_cache) > CACHE_SIZE:
+            self.policy_cache.clear()
         # Sorted, so that prompts which begin alike share a chunk (section 9).
         new = sorted(set(states) - self.policy_cache.keys())
         for chunk in chunks(new, self.settings.max_prompts):
@@ -592,17 +581,28 @@ def minibatches(n, settings, rng):
             yield order[part :: settings.minibatches]
 
 
+def log_pi_and_entropy(log_pis, choice):
+    """From m policies (K,): log pi(a | s) of the chosen actions, and the entropies, both (m,)."""
+    log_pi_a = [log_pi[a] for log_pi, a in zip(log_pis, choice, strict=True)]
+    # H = -sum_a pi(a | s) log pi(a | s)
+    entropy = [-(log_pi.exp() * log_pi).sum() for log_pi in log_pis]
+    return torch.stack(log_pi_a), torch.stack(entropy)
+
+
 def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
     """Add the gradient of the policy loss, averaged over the minibatch `batch`, to LoRA's. Returns
-    the means of its metrics. Memory may not suffice for all states at once. So they come in
-    chunks, each with the decisions that were taken in its states, and the gradients add up."""
+    the means of its metrics.
+
+    Several decisions are often taken in the same state, which is scored only once. Memory may not
+    suffice for all states at once. So they come in chunks, each with the decisions that were taken
+    in its states, and the gradients add up."""
     metrics = defaultdict(float)
     distinct = sorted({rollout.states[i] for i in batch})
     for states in chunks(distinct, agent.settings.max_prompts):
-        decisions = [i for i in batch if rollout.states[i] in states]
-        log_pi_a, entropy = agent.log_pi_and_entropy(
-            [rollout.states[i] for i in decisions], rollout.choice[decisions]
-        )
+        policies = dict(zip(states, agent.log_policy(states), strict=True))
+        decisions = [i for i in batch if rollout.states[i] in policies]
+        log_pis = [policies[rollout.states[i]] for i in decisions]
+        log_pi_a, entropy = log_pi_and_entropy(log_pis, rollout.choice[decisions])
         loss, chunk_metrics = policy_loss(
             log_pi_a,
             rollout.old_log_pi_a[decisions],
@@ -661,6 +661,7 @@ def update(agent, rollout, remaining, rng):
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
         take_step(agent.optimizer, settings.max_grad_norm)
+    agent.policy_cache.clear()
     # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
     metrics["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
     # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
@@ -713,7 +714,6 @@ def train(agent, new_env, run):
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
-        agent.policy_cache.clear()  # The policy is going to change.
         # Where all rewards are 0, a rollout tells only what the critic believes. It is no update,
         # and we play on. The paper's code learns from it. The cost of our rule is a critic that
         # sees fewer failures and expects too much. In Overcooked each move costs a little, so no

@@ -188,6 +188,7 @@ class SayCan(Baseline):
             loss.backward()
             twosome.take_step(self.optimizer, self.settings.max_grad_norm)
             losses.append(loss.item())
+        self.policy_cache.clear()
         return {"value_loss": sum(losses) / len(losses)}
 
 

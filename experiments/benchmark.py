@@ -102,8 +102,6 @@ def make_agent(settings, way):
         agent = PlainAgent(model, tokenizer, settings)
     else:
         agent = Agent(model, tokenizer, settings, twosome.choose_scorer(model))
-    actor, critic = agent.optimizer.param_groups
-    actor["lr"], critic["lr"] = settings.policy_lr, settings.value_lr
     return agent
 
 
@@ -145,7 +143,6 @@ def run_updates(settings, way, n):
         rollout = timed(seconds, "all", twosome.collect, agent, envs, rng)
         playing = dict(seconds)
         seconds.clear()
-        agent.policy_cache.clear()
         timed(seconds, "all", agent.learn, rollout, 1.0, rng)
         learning = dict(seconds)
         total = playing["all"] + learning["all"]

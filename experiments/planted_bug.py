@@ -9,7 +9,7 @@ compute by hand. It is mended when the two logs are the same but for the last co
 (bash; no output means the same):
 
     python twosome.py --env virtualhome --out runs/sound
-    cmp <(cut -d, -f1-11 runs/sound/metrics.csv) <(cut -d, -f1-11 runs/planted-bug/metrics.csv)
+    cmp <(cut -d, -f1-9 runs/sound/metrics.csv) <(cut -d, -f1-9 runs/planted-bug/metrics.csv)
 """
 
 import sys

@@ -16,7 +16,6 @@ def experiment(name):
     return importlib.import_module(f"experiments.{name}")
 
 
-# === from here on =================================================================================
 GOOD_GROUP = "def advantages(returns, episode):\n    std = returns.std()\n"
 GOOD_GROUP += "    return ((returns - returns.mean()) / std)[episode] if std > 0 else None\n"
 CHECKED = [
