@@ -40,8 +40,8 @@ worlds are rewritten from their description, and section 9 is ours. We depart fr
     section 4  LoRA is in all linear layers of the last ten blocks, not in queries and values of
                all blocks.
     section 4  The critic begins as V = 0, not at random.
-    section 6  Advantages are divided by their standard deviation + 1.
-    section 6  Actor and critic learn in the same gradient steps, and values are not clipped.
+    section 6  Advantages are normalised over the whole rollout, by their standard deviation + 0.1.
+    section 6  The critic makes many passes over a rollout, and its values are not clipped.
     section 6  The entropy bonus falls to 0.
     section 7  A rollout in which all rewards are 0 is thrown away.
     section 8  The LM rehearses its language.
@@ -109,6 +109,7 @@ class Settings:
     # PPO
     epochs: int = 2  # passes over a rollout; with more the LM forgets more language; paper: 1
     minibatches: int = 2  # gradient steps in each epoch; more are slower; paper: 4
+    value_epochs: int = 20  # passes of the critic, which are cheap; paper: 1
     policy_lr: float = 2e-3  # of LoRA, for LMs of up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range; paper: 0.2
@@ -386,6 +387,12 @@ def make_critic(n_inputs):
     return critic
 
 
+def make_optimizer(module):
+    """Adam for what training changes in the module; `take_step` sets the learning rate. eps is the
+    paper's: with the usual 1e-8 even tiny gradients cause full-size steps."""
+    return torch.optim.Adam([{"params": trainable(module).values()}], eps=1e-5)
+
+
 class Agent(nn.Module):
     """pi(a | s) and V(s), the expected discounted return. A state s is a pair: the prompt, and a
     tuple of the offered actions' phrases. `score` finds log P of the actions.
@@ -405,10 +412,8 @@ class Agent(nn.Module):
         # The critic is small and stays on the CPU, to which features and log P are moved. D, the
         # size of the last hidden state, is the number of inputs of the LM's output layer.
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
-        # One optimiser for two groups, LoRA and critic; `update` sets their learning rates. eps is
-        # the paper's: with the usual 1e-8 even tiny gradients cause full-size steps.
-        groups = [{"params": trainable(self.model).values()}, {"params": self.critic.parameters()}]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        self.actor_optimizer = make_optimizer(self.model)
+        self.critic_optimizer = make_optimizer(self.critic)
         # Two caches: the frozen LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
@@ -427,8 +432,6 @@ class Agent(nn.Module):
     @torch.no_grad()
     def cached_log_policy(self, states):
         """log_policy without gradients, for playing: a state is scored once between two updates."""
-        if len(self.policy_cache) > CACHE_SIZE:
-            self.policy_cache.clear()
         # Sorted, so that prompts which begin alike share a chunk (section 9).
         new = sorted(set(states) - self.policy_cache.keys())
         for chunk in chunks(new, self.settings.max_prompts):
@@ -573,20 +576,12 @@ def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef)
     return loss, metrics
 
 
-def minibatches(n, settings, rng):
+def minibatches(n, epochs, parts, rng):
     """Yield the indices of n decisions in nearly equal parts, each epoch shuffled anew."""
-    for _ in range(settings.epochs):
+    for _ in range(epochs):
         order = rng.sample(range(n), n)
-        for part in range(settings.minibatches):
-            yield order[part :: settings.minibatches]
-
-
-def log_pi_and_entropy(log_pis, choice):
-    """From m policies (K,): log pi(a | s) of the chosen actions, and the entropies, both (m,)."""
-    log_pi_a = [log_pi[a] for log_pi, a in zip(log_pis, choice, strict=True)]
-    # H = -sum_a pi(a | s) log pi(a | s)
-    entropy = [-(log_pi.exp() * log_pi).sum() for log_pi in log_pis]
-    return torch.stack(log_pi_a), torch.stack(entropy)
+        for part in range(parts):
+            yield order[part::parts]
 
 
 def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
@@ -602,11 +597,14 @@ def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
         policies = dict(zip(states, agent.log_policy(states), strict=True))
         decisions = [i for i in batch if rollout.states[i] in policies]
         log_pis = [policies[rollout.states[i]] for i in decisions]
-        log_pi_a, entropy = log_pi_and_entropy(log_pis, rollout.choice[decisions])
+        choice = rollout.choice[decisions]
+        log_pi_a = [log_pi[a] for log_pi, a in zip(log_pis, choice, strict=True)]
+        # H(pi(. | s)) = -sum_a pi(a | s) log pi(a | s)
+        entropy = [-(log_pi.exp() * log_pi).sum() for log_pi in log_pis]
         loss, chunk_metrics = policy_loss(
-            log_pi_a,
+            torch.stack(log_pi_a),
             rollout.old_log_pi_a[decisions],
-            entropy,
+            torch.stack(entropy),
             advantage[decisions],
             agent.settings.clip_coef,
             ent_coef,
@@ -617,57 +615,70 @@ def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
     return {name: average(mean).item() for name, mean in metrics.items()}
 
 
-def take_step(optimizer, max_grad_norm):
-    """One gradient step of actor and critic, with gradients averaged over the processes, and the
-    gradient of each of the two clipped to a length."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:  # It is None where no loss reaches it, in all processes.
-                average(p.grad)
-        grad_norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-        require(grad_norm.isfinite(), "a gradient is not finite; lower --policy_lr or --value_lr")
+def take_step(optimizer, lr, max_grad_norm):
+    """One gradient step, with gradients averaged over the processes and clipped to a norm."""
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    for p in group["params"]:
+        if p.grad is not None:  # It is None where no loss reaches it, in all processes.
+            average(p.grad)
+    grad_norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    require(grad_norm.isfinite(), "a gradient is not finite; lower --policy_lr or --value_lr")
     optimizer.step()
 
 
-def update(agent, rollout, remaining, rng):
-    """Move the actor towards decisions that turned out better than expected, but not far, and the
-    critic towards the returns. Unlike in the paper's code both learn in the same gradient step, of
-
-        policy_loss + extra_loss     for LoRA (for extra_loss see section 8)
-        1/2 (V - R)^2                for the critic
-
-    `remaining` is the part of the training that is left. The learning rates fall with it to 0, and
-    so does the entropy bonus, which would keep the policy random at the end."""
+def update_actor(agent, rollout, remaining, rng):
+    """Move LoRA towards decisions that turned out better than expected, but not far. The loss is
+    policy_loss + extra_loss (section 8). Returns the metrics of the last minibatch."""
     settings = agent.settings
-    actor, critic = agent.optimizer.param_groups
-    actor["lr"] = remaining * settings.policy_lr
-    critic["lr"] = remaining * settings.value_lr
-    ent_coef = remaining * settings.ent_coef
-    # The paper's code divides by the standard deviation. But where nothing happened, advantages are
-    # only the critic's errors, of say 0.01, which this would blow up to 1, beyond the entropy bonus
-    # that is to keep the policy exploring. Divided by std + 1 they stay small.
+    # A becomes (A - mean) / (std + 0.1). The paper's code has no 0.1. But where nothing happened,
+    # advantages are only the critic's errors, of say 0.01, which this would blow up to 1, far
+    # beyond the entropy bonus that is to keep the policy exploring.
     advantage = rollout.advantage - rollout.advantage.mean()
-    advantage /= advantage.std(correction=0) + 1
-    for batch in minibatches(len(rollout.states), settings, rng):
-        agent.optimizer.zero_grad()
+    advantage /= advantage.std(correction=0) + 0.1
+    # The bonus falls to 0. At the end it would only keep the policy random.
+    ent_coef = remaining * settings.ent_coef
+    n = len(rollout.states)
+    for batch in minibatches(n, settings.epochs, settings.minibatches, rng):
+        agent.actor_optimizer.zero_grad()
         metrics = backward_policy_loss(agent, rollout, advantage, batch, ent_coef)
         if metrics["approx_kl"] > settings.target_kl:
             # As this minibatch shows, the steps before have moved the policy too far from the one
-            # that collected the rollout. They stay, this step is not taken, and the update ends.
+            # that collected the rollout. They stay, this step is not taken, and the actor waits
+            # for the next rollout.
             break
-        # The mean of 1/2 (V - R)^2. The paper's code clips the change of V, too.
-        value = agent.value([rollout.states[i] for i in batch])
-        (0.5 * F.mse_loss(value, rollout.returns[batch])).backward()
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
-        take_step(agent.optimizer, settings.max_grad_norm)
+        take_step(agent.actor_optimizer, remaining * settings.policy_lr, settings.max_grad_norm)
     agent.policy_cache.clear()
+    return metrics
+
+
+def update_critic(agent, rollout, remaining, rng):
+    """Move V towards the returns. Its inputs are computed only once, so a pass over the rollout
+    costs next to nothing, and the critic makes many. The paper's code makes one, and clips the
+    change of V."""
+    settings = agent.settings
+    features = agent.features(rollout.states)  # (n, D)
+    for batch in minibatches(len(features), settings.value_epochs, settings.minibatches, rng):
+        agent.critic_optimizer.zero_grad()
+        value = agent.critic(features[batch]).squeeze(-1)
+        # loss = mean of 1/2 (V - R)^2
+        (0.5 * F.mse_loss(value, rollout.returns[batch])).backward()
+        take_step(agent.critic_optimizer, remaining * settings.value_lr, settings.max_grad_norm)
+
+
+def update(agent, rollout, remaining, rng):
+    """Learn from a rollout. `remaining` is the part of the training that is left; the learning
+    rates fall with it to 0. Returns the metrics."""
+    metrics = update_actor(agent, rollout, remaining, rng)
+    update_critic(agent, rollout, remaining, rng)
     # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
     metrics["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
     # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
     unexplained = rollout.advantage.var() / rollout.returns.var()
     metrics["explained_variance"] = 1 - unexplained.item()
-    return metrics  # Those of the policy are the last minibatch's, also if its step was not taken.
+    return metrics
 
 
 # === 7. The training loop: play, judge, learn, log. ===============================================
@@ -960,7 +971,7 @@ def start_processes():
     first one prints and writes. When one fails, torchrun ends the others."""
     if N_PROCESSES > 1:
         if torch.cuda.is_available():  # one GPU for each process of a machine
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- only the first process speaks
@@ -1017,7 +1028,8 @@ class Run:
         """Save all that is needed to go on."""
         checkpoint = {
             "weights": trainable(agent),
-            "optimizer": agent.optimizer.state_dict(),
+            "actor_optimizer": agent.actor_optimizer.state_dict(),
+            "critic_optimizer": agent.critic_optimizer.state_dict(),
             "envs": gather([env.env.get_state() for env in envs]),
             "log": (self.rows, self.before, self.decisions),
         }
@@ -1034,7 +1046,8 @@ class Run:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             for name, weight in trainable(agent).items():
                 weight.data.copy_(saved["weights"][name])
-            agent.optimizer.load_state_dict(saved["optimizer"])
+            agent.actor_optimizer.load_state_dict(saved["actor_optimizer"])
+            agent.critic_optimizer.load_state_dict(saved["critic_optimizer"])
         except Exception as error:  # A damaged file can fail in any way.
             raise UserError(
                 f"{path} is missing, damaged, or of another LM or method: {error}"

@@ -24,33 +24,23 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import twosome  # noqa: E402
 from experiments import lamp  # noqa: E402, F401 -- it adds the environment "lamp"
-from twosome import Agent, TextEnv, UserError, require, trainable  # noqa: E402
+from twosome import Agent, TextEnv, UserError, require  # noqa: E402
 
 # Where a method's settings differ from TWOSOME's. Those of PPO were searched in the same way.
 DEFAULTS = {
     "ppo": {
         "epochs": 10,
         "minibatches": 4,
+        "value_epochs": 10,
         "policy_lr": 1e-3,
         "ent_coef": 0.01,
         "target_kl": 0.05,
         "rehearsal_coef": 0.0,
         "max_prompts": 1024,
     },
-    "saycan": {"epochs": 10, "minibatches": 4, "rehearsal_coef": 0.0},
+    "saycan": {"value_epochs": 10, "minibatches": 4, "rehearsal_coef": 0.0},
     "random": {"steps": 0, "rehearsal_coef": 0.0},
 }
-
-
-def update_with_eps(agent, rollout, eps, remaining, rng):
-    """PPO's update, where the advantages A are divided by their standard deviation + eps instead of
-    + 1: with c = 1 / eps, c A / (std(c A) + 1) is the same as A / (std(A) + eps)."""
-    scaled = replace(rollout, advantage=rollout.advantage / eps)
-    metrics = twosome.update(agent, scaled, remaining, rng)
-    # The variance of c A, and its mean square, are c^2 times those of A.
-    metrics["value_loss"] *= eps**2
-    metrics["explained_variance"] = 1 - (1 - metrics["explained_variance"]) * eps**2
-    return metrics
 
 
 class Baseline(Agent):
@@ -61,8 +51,8 @@ class Baseline(Agent):
         self.model = model
         self.critic = critic
         self.settings = settings
-        groups = [{"params": trainable(part).values()} for part in (model, critic)]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        self.actor_optimizer = twosome.make_optimizer(model)
+        self.critic_optimizer = twosome.make_optimizer(critic)
         self.extra_loss = None
         self.policy_cache, self.feature_cache = {}, {}
 
@@ -112,10 +102,6 @@ class SymbolicAgent(Baseline):
 
     def features(self, states):
         return torch.tensor([numbers for numbers, _ in states])
-
-    def learn(self, rollout, remaining, rng):
-        """PPO's update. The + 1 was searched for TWOSOME. For this agent + 0.1 was better."""
-        return update_with_eps(self, rollout, 0.1, remaining, rng)
 
 
 # === SayCan =======================================================================================
@@ -176,17 +162,18 @@ class SayCan(Baseline):
         L = -mean [ y log p + (1 - y) log(1 - p) ],  y = 1 if the action changed the state
         """
         losses = []
-        _, critic = self.optimizer.param_groups
-        critic["lr"] = remaining * self.settings.value_lr
-        for batch in twosome.minibatches(len(rollout.states), self.settings, rng):
+        settings = self.settings
+        epochs, parts = settings.value_epochs, settings.minibatches
+        for batch in twosome.minibatches(len(rollout.states), epochs, parts, rng):
             logits = self.affordance([rollout.states[i] for i in batch])
             chosen = [row[rollout.choice[i]] for row, i in zip(logits, batch, strict=True)]
             # With V = 0 and a discount of 0 the return is the action's own reward.
             y = rollout.returns[batch]
             loss = F.binary_cross_entropy_with_logits(torch.stack(chosen), y)
-            self.optimizer.zero_grad()
+            self.critic_optimizer.zero_grad()
             loss.backward()
-            twosome.take_step(self.optimizer, self.settings.max_grad_norm)
+            lr = remaining * settings.value_lr
+            twosome.take_step(self.critic_optimizer, lr, settings.max_grad_norm)
             losses.append(loss.item())
         self.policy_cache.clear()
         return {"value_loss": sum(losses) / len(losses)}

@@ -122,13 +122,6 @@ for words in (
 
 
 # === E5. Departures: what the paper's code does, each alone. ======================================
-class SmallEps(Agent):
-    """The advantages are divided by their standard deviation + 1e-8."""
-
-    def learn(self, rollout, remaining, rng):
-        return baselines.update_with_eps(self, rollout, 1e-8, remaining, rng)
-
-
 class ConstantBonus(Agent):
     """The entropy bonus does not fall to 0."""
 
@@ -162,29 +155,23 @@ def paper_lora(model):
     return get_peft_model(model, config).eval()
 
 
-class SeparateUpdates(Agent):
-    """First the critic is updated, with the change of V clipped, and then the actor."""
-
-    learns_actor = False
-
-    def value(self, states):
-        value = super().value(states)
-        # In the actor's update the critic gets no gradient, and so Adam leaves it alone.
-        return value.detach().requires_grad_() if self.learns_actor else value
+class OnePass(Agent):
+    """The critic makes one pass of four minibatches, and the change of V is clipped."""
 
     def learn(self, rollout, remaining, rng):
-        settings = self.settings
+        given = self.settings
         old = rollout.returns - rollout.advantage
-        for batch in twosome.minibatches(len(rollout.states), settings, rng):
+        for batch in twosome.minibatches(len(rollout.states), 1, 4, rng):
             value = self.value([rollout.states[i] for i in batch])
-            change = (value - old[batch]).clamp(-settings.clip_coef, settings.clip_coef)
+            change = (value - old[batch]).clamp(-given.clip_coef, given.clip_coef)
             errors = torch.stack([value, old[batch] + change]) - rollout.returns[batch]
-            self.optimizer.zero_grad()
+            self.critic_optimizer.zero_grad()
             (0.5 * errors.square().amax(0).mean()).backward()
-            twosome.take_step(self.optimizer, settings.max_grad_norm)
-        self.learns_actor = True
+            lr = remaining * given.value_lr
+            twosome.take_step(self.critic_optimizer, lr, given.max_grad_norm)
+        self.settings = replace(given, value_epochs=0)
         metrics = super().learn(rollout, remaining, rng)
-        self.learns_actor = False
+        self.settings = given
         return metrics
 
 
@@ -199,13 +186,12 @@ class Variant:
 
 
 DEPARTURES = {
-    "advantages over std + 1e-8": Variant(kind=SmallEps),
     "the time limit is an end": Variant(wrapper=LimitEnds),
     "LoRA on all queries and values": Variant(lora=paper_lora),
     "a rollout without reward is learned from": Variant(wrapper=AlwaysEarns),
     "no rehearsal": Variant({"rehearsal_coef": 0.0}),
     "one epoch of four minibatches": Variant({"epochs": 1, "minibatches": 4}),
-    "separate updates, V clipped": Variant(kind=SeparateUpdates),
+    "one pass of the critic, V clipped": Variant(kind=OnePass),
     "a constant entropy bonus": Variant(kind=ConstantBonus),
 }
 VARIANTS = DEPARTURES | {norm: Variant({"norm": norm}) for norm in NORMS}
