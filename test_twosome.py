@@ -655,6 +655,7 @@ def test_minibatches_are_all_decisions_once_an_epoch():
     epochs = [sum(four, []) for four in twosome.chunks(batches, 4)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(42)) and epochs.count(epoch) == 1
+    assert sorted(twosome.minibatches(2, 1, 3, random.Random(0))) == [[0], [1]]
 
 
 @pytest.mark.parametrize("dtype, max_prompts", [("float32", 4), ("bfloat16", 1)])
@@ -1109,7 +1110,7 @@ def refuse(settings):
 
 BAD_SETTINGS = ["n_envs 0", "epochs 0", "minibatches 0", "max_prompts 0", "rollout_steps 0"]
 BAD_SETTINGS += ["steps -1", "test_episodes -1", "max_grad_norm -1", "gamma 2", "gae_lambda 1.1"]
-BAD_SETTINGS += ["minibatches 257", "policy_lr nan", "value_lr inf", "env kitchen", "task soup"]
+BAD_SETTINGS += ["value_epochs 0", "policy_lr nan", "value_lr inf", "env kitchen", "task soup"]
 BAD_SETTINGS += ["norm words", "dtype float6", "device gpu", "model nobody/nothing"]
 BAD_SETTINGS += ["out /dev/null", "out /dev/null/run"]
 
@@ -1187,7 +1188,7 @@ def test_a_model_is_found_from_any_folder(monkeypatch):
 def test_main_does_not_read_the_command_line_of_a_notebook(monkeypatch):
     """Otherwise main() would take the flags of Jupyter's kernel for its own."""
     monkeypatch.setattr(sys, "argv", ["kernel", "--steps", "7", "-f", "kernel.json"])
-    assert '"steps": 6144' in fails("--task", "tomato-salad", make_agent=refuse)
+    assert '"steps": 4096' in fails("--task", "tomato-salad", make_agent=refuse)
 
 
 def test_resume_keeps_its_flags(finished):

@@ -94,7 +94,7 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions to learn from; None: 6,144 for tomato-salad; paper: 50,000+
+    steps: int = None  # decisions to learn from; None: 4,096 for tomato-salad; paper: 50,000+
     gamma: float = None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
@@ -270,9 +270,7 @@ def encode(tokenizer, prompt, phrases):
         # ends it is left out.
         own = [t for t, (start, _) in enumerate(offsets) if start >= end]
         # A straddling token starts in the prompt and goes on beyond the space, which is at `end`.
-        straddling = [
-            t for t, (start, stop) in enumerate(offsets) if start < end and stop > end + 1
-        ]
+        straddling = any(start < end < stop - 1 for start, stop in offsets)
         prompts.append(ids[: min(own, default=0)])
         action_ids.append([ids[t] for t in own])
         require(
@@ -534,14 +532,8 @@ def collect(agent, envs, rng):
     value = agent.value(states).view(T, N)
     next_value = agent.value(next_states).view(T, N)
     advantage = gae(reward, discount, value, next_value, done, agent.settings.gae_lambda)
-    return Rollout(
-        states=states,
-        choice=choice.flatten(),
-        old_log_pi_a=old_log_pi_a.flatten(),
-        reward=reward.flatten(),
-        advantage=advantage.flatten(),
-        returns=(value + advantage).flatten(),
-    )
+    columns = choice, old_log_pi_a, reward, advantage, value + advantage  # each (T, N)
+    return Rollout(states, *[column.flatten() for column in columns])
 
 
 # === 6. PPO: make what turned out better than expected likelier, in small steps. ==================
@@ -580,7 +572,7 @@ def minibatches(n, epochs, parts, rng):
     """Yield the indices of n decisions in nearly equal parts, each epoch shuffled anew."""
     for _ in range(epochs):
         order = rng.sample(range(n), n)
-        for part in range(parts):
+        for part in range(min(parts, n)):
             yield order[part::parts]
 
 
@@ -676,8 +668,7 @@ def update(agent, rollout, remaining, rng):
     # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
     metrics["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
     # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
-    unexplained = rollout.advantage.var() / rollout.returns.var()
-    metrics["explained_variance"] = 1 - unexplained.item()
+    metrics["explained_variance"] = 1 - (rollout.advantage.var() / rollout.returns.var()).item()
     return metrics
 
 
@@ -862,8 +853,9 @@ class TreeScorer:
 
     def __call__(self, model, encoded):
         nodes, mask, sources, targets = as_tree(encoded)
-        last_tokens = torch.tensor([node[-1] for node in nodes], device=model.device)  # (L,)
-        positions = torch.tensor([len(node) - 1 for node in nodes], device=model.device)  # (L,)
+        tensor = partial(torch.tensor, device=model.device)
+        last_tokens = tensor([node[-1] for node in nodes])  # (L,)
+        positions = tensor([len(node) - 1 for node in nodes])  # (L,)
         # The mask is added to attention's scores. It is finite, as some kernels make NaN of -inf.
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min)
         self.frozen.next_nodes = nodes
@@ -873,13 +865,13 @@ class TreeScorer:
                 position_ids=positions[None],
                 attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
                 # Only these nodes predict tokens of actions; one that predicts several is repeated.
-                logits_to_keep=torch.tensor(sources, device=model.device),
+                logits_to_keep=tensor(sources),
                 use_cache=False,
             )
         finally:
             self.frozen.next_nodes = ()  # also where the pass was interrupted
-        targets = torch.tensor(targets, device=model.device)
-        minus_log = F.cross_entropy(output.logits[0].float(), targets, reduction="none")
+        logits = output.logits[0].float()
+        minus_log = F.cross_entropy(logits, tensor(targets), reduction="none")
         n_tokens = []  # of each action of each state
         for _, action_ids in encoded:
             n_tokens += map(len, action_ids)
@@ -890,8 +882,7 @@ class TreeScorer:
 # For these families test_twosome.py compares the tree with the definition. Other families may take
 # the distance of two tokens from their places in the input, between which a tree has other branches
 # (sliding windows, ALiBi), or read tokens strictly in order (state-space models).
-TREE_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3"]
-TREE_FAMILIES += ["gpt2", "gpt_neox", "opt", "phi"]
+TREE_FAMILIES = "llama mistral qwen2 qwen3 gemma olmo2 smollm3 gpt2 gpt_neox opt phi".split()
 
 
 def choose_scorer(model):
@@ -1143,14 +1134,12 @@ def make_settings(**values):
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
         settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
-    at_least_1 = "n_envs", "rollout_steps", "epochs", "minibatches", "max_prompts", "test_episodes"
+    at_least_1 = "n_envs rollout_steps epochs minibatches value_epochs max_prompts test_episodes"
     for name, value in vars(settings).items():
         if isinstance(value, int | float):
-            low = int(name in at_least_1)
+            low = int(name in at_least_1.split())
             high = 1 if name in ("gamma", "gae_lambda") else 1e12
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
-    decisions = settings.n_envs * settings.rollout_steps
-    require(settings.minibatches <= decisions, f"--minibatches: there are {decisions} decisions")
     return settings
 
 
