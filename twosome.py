@@ -882,7 +882,8 @@ class TreeScorer:
 # For these families test_twosome.py compares the tree with the definition. Other families may take
 # the distance of two tokens from their places in the input, between which a tree has other branches
 # (sliding windows, ALiBi), or read tokens strictly in order (state-space models).
-TREE_FAMILIES = "llama mistral qwen2 qwen3 gemma olmo2 smollm3 gpt2 gpt_neox opt phi".split()
+TREE_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3"]
+TREE_FAMILIES += ["gpt2", "gpt_neox", "opt", "phi"]
 
 
 def choose_scorer(model):
