@@ -458,8 +458,10 @@ class Agent(nn.Module):
         return self.critic(self.features(states)).squeeze(-1)
 
     def learn(self, rollout, remaining, rng):
-        """Improve actor and critic by PPO (section 6). Returns the metrics."""
-        return update(self, rollout, remaining, rng)
+        """Improve actor and critic (section 6). `remaining` is the part of the training that is
+        left; the learning rates fall with it to 0. Returns the metrics."""
+        metrics = update_actor(self, rollout, remaining, rng)
+        return metrics | update_critic(self, rollout, remaining, rng)
 
 
 # === 5. Playing: act by the present policy, and judge each decision by what followed. =============
@@ -649,7 +651,7 @@ def update_actor(agent, rollout, remaining, rng):
 def update_critic(agent, rollout, remaining, rng):
     """Move V towards the returns. Its inputs are computed only once, so a pass over the rollout
     costs next to nothing, and the critic makes many. The paper's code makes one, and clips the
-    change of V."""
+    change of V. Returns metrics."""
     settings = agent.settings
     features = agent.features(rollout.states)  # (n, D)
     for batch in minibatches(len(features), settings.value_epochs, settings.minibatches, rng):
@@ -658,18 +660,12 @@ def update_critic(agent, rollout, remaining, rng):
         # loss = mean of 1/2 (V - R)^2
         (0.5 * F.mse_loss(value, rollout.returns[batch])).backward()
         take_step(agent.critic_optimizer, remaining * settings.value_lr, settings.max_grad_norm)
-
-
-def update(agent, rollout, remaining, rng):
-    """Learn from a rollout. `remaining` is the part of the training that is left; the learning
-    rates fall with it to 0. Returns the metrics."""
-    metrics = update_actor(agent, rollout, remaining, rng)
-    update_critic(agent, rollout, remaining, rng)
-    # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
-    metrics["value_loss"] = 0.5 * rollout.advantage.square().mean().item()
-    # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
-    metrics["explained_variance"] = 1 - (rollout.advantage.var() / rollout.returns.var()).item()
-    return metrics
+    return {
+        # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
+        "value_loss": 0.5 * rollout.advantage.square().mean().item(),
+        # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
+        "explained_variance": 1 - (rollout.advantage.var() / rollout.returns.var()).item(),
+    }
 
 
 # === 7. The training loop: play, judge, learn, log. ===============================================
