@@ -107,7 +107,7 @@ class Settings:
     rollout_steps: int = 64  # decisions in each environment between two updates; paper: 32
     gae_lambda: float = 0.95  # trades bias against variance of the advantage; paper: 0.95
     # PPO
-    epochs: int = 2  # passes over a rollout; with more the LM forgets more language; paper: 1
+    epochs: int = 2  # passes of the actor over a rollout; more cost more language; paper: 1
     minibatches: int = 2  # gradient steps in each epoch; more are slower; paper: 4
     value_epochs: int = 20  # passes of the critic, which are cheap; paper: 1
     policy_lr: float = 2e-3  # of LoRA, for LMs of up to 135M weights; paper (7B): 5e-7
