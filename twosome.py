@@ -21,8 +21,8 @@ One decision of pocket_lm, the tiny LM that is included, from an observation to 
     advantage    +0.5: what followed was better than the critic had expected (made-up number)
     loss         -ratio * 0.5, where ratio is the new probability over the old one, at first 1
 
-The gradient of this loss makes the action more likely. PPO stops it at a ratio of 1.2, and stops
-the whole update where the policy has moved too far on average.
+A gradient step on this loss makes the action more likely. Beyond a ratio of 1.2 this decision has
+no gradient any more, and an update ends where the policy has moved too far on average.
 
 Sections 2 to 7 are the method, and section 7 is the training loop, which you see whole. The rest
 is not needed to understand it: 8 keeps the LM's language, 9 computes the same numbers faster, 10
@@ -33,7 +33,8 @@ training.
 From the paper and its code come the policy and its three normalisations, the rules for prompts,
 LoRA and critic on one frozen LM, what the critic sees, macro-actions, PPO with its clipping and its
 early stop, and learning rates that fall to 0. Its settings stand beside ours in section 1. The two
-worlds are rewritten from their description, and section 9 is ours. We depart from its code here:
+worlds are rewritten from their description, and section 9 is ours. We depart from the paper's code
+here:
 
     section 2  The words that join observation and goal are ours.
     section 2  At the time limit the value of the last state still counts.
@@ -86,7 +87,7 @@ from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
 
 
-# === 1. Settings: one set for all tasks and LMs; only steps and gamma belong to a task. ===========
+# === 1. Settings: one set for all tasks and small LMs; only steps and gamma belong to a task. =====
 @dataclass
 class Settings:
     """Each line is a flag of the command line, such as --n_envs 8."""
@@ -94,7 +95,9 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions to learn from; None: 4,096 for tomato-salad; paper: 50,000+
+    steps: int = (
+        None  # decisions to learn from; None: the task's own, 4,096 at first; paper: 50,000+
+    )
     gamma: float = None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
@@ -125,7 +128,7 @@ class Settings:
 
 EVALUATION_EPISODES = 100  # before training, and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all. Its rank is in section 4.
-CACHE_SIZE = 100_000  # A cache with more entries is emptied before its next use.
+CACHE_SIZE = 100_000  # the number of entries beyond which a cache loses old ones
 # torchrun (section 11) starts several processes and tells each its rank. One alone has rank 0, and
 # then all that is said about processes does nothing.
 RANK = int(os.environ.get("RANK", 0))
@@ -350,7 +353,7 @@ def decoder_blocks(model):
 def add_lora(model):
     """Freeze the LM and add a trainable low-rank term to some layers (LoRA; Hu et al., 2022):
 
-        W becomes W + (alpha / rank) up down,  up: (out, rank), at first 0; down: (rank, in), random
+        W becomes W + (alpha / rank) up @ down,  up: (out, rank), first 0; down: (rank, in), random
 
     so that training starts from the LM's own policy. Rank 8 and alpha 16 are the paper's. The paper
     adapts the queries and values of all blocks. We adapt all linear layers of the last
@@ -379,7 +382,8 @@ def make_critic(n_inputs):
         nn.ReLU(),
         nn.Linear(512, 1),
     )
-    # V is 0 at first. A random V would give random advantages before anything is learned.
+    # V is 0 at first. A random V would give random advantages before anything is learned. The last
+    # layer can still learn, as its inputs are not 0, and then so can the others.
     for p in critic[-1].parameters():
         nn.init.zeros_(p)
     return critic
@@ -476,6 +480,7 @@ def gae(reward, discount, value, next_value, done, gae_lambda):
         delta_t = r_t + gamma^(k_t) V(s_{t+1}) - V(s_t)              k_t: primitive steps it took
         A_t     = delta_t + gamma^(k_t) lambda A_{t+1}
 
+    `discount` is gamma^(k_t), or 0 where the goal was reached.
     delta tells whether a decision went better than expected. A decision also gets credit for later
     surprises, which fades by gamma per primitive step and by lambda per decision.
     done is 1 where the episode ended, at the goal or at the time limit: there A has no later term.
@@ -625,21 +630,19 @@ def update_actor(agent, rollout, remaining, rng):
     """Move LoRA towards decisions that turned out better than expected, but not far. The loss is
     policy_loss + extra_loss (section 8). Returns the metrics of the last minibatch."""
     settings = agent.settings
-    # A becomes (A - mean) / (std + 0.1). The paper's code has no 0.1. But where nothing happened,
-    # advantages are only the critic's errors, of say 0.01, which this would blow up to 1, far
-    # beyond the entropy bonus that is to keep the policy exploring.
+    # A becomes (A - mean) / (std + 0.1). Where nothing happened, advantages are only the critic's
+    # errors, of say 0.01. Divided by their own std, as in the paper's code, they would be as large
+    # as those of a success, and outweigh the entropy bonus that keeps the policy exploring.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage /= advantage.std(correction=0) + 0.1
     # The bonus falls to 0. At the end it would only keep the policy random.
     ent_coef = remaining * settings.ent_coef
-    n = len(rollout.states)
-    for batch in minibatches(n, settings.epochs, settings.minibatches, rng):
+    for batch in minibatches(len(rollout.states), settings.epochs, settings.minibatches, rng):
         agent.actor_optimizer.zero_grad()
         metrics = backward_policy_loss(agent, rollout, advantage, batch, ent_coef)
         if metrics["approx_kl"] > settings.target_kl:
-            # As this minibatch shows, the steps before have moved the policy too far from the one
-            # that collected the rollout. They stay, this step is not taken, and the actor waits
-            # for the next rollout.
+            # The steps before have already moved the policy too far from the one that collected
+            # the rollout. They are kept, and the rest of the update is skipped.
             break
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
@@ -712,10 +715,9 @@ def train(agent, new_env, run):
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
-        # Where all rewards are 0, a rollout tells only what the critic believes. It is no update,
-        # and we play on. The paper's code learns from it. The cost of our rule is a critic that
-        # sees fewer failures and expects too much. In Overcooked each move costs a little, so no
-        # reward is 0.
+        # A rollout without any reward tells only what the critic believes. We skip it and play on;
+        # the paper's code learns from it. The cost of our rule is a critic that sees fewer failures
+        # and expects too much. In Overcooked each move costs a little, so nothing is skipped.
         if average(rollout.reward.abs().sum()) == 0:
             require(run.decisions < 100 * n_updates * decisions_per_update, "hardly any reward")
             continue
@@ -723,8 +725,8 @@ def train(agent, new_env, run):
         # Learn: the gradient steps of PPO.
         metrics = agent.learn(rollout, 1 - len(run.rows) / n_updates, rng)
 
-        # Log how the agent does in new episodes. Success counted in the rollout would be too high:
-        # in a fixed number of decisions more of the short episodes end, which are the successes.
+        # Log how the agent does in new episodes, played to their end. In a rollout, which has a
+        # fixed number of decisions, more of the short episodes end, and these are the successes.
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
@@ -832,7 +834,7 @@ class FrozenBlocks(nn.Module):
 
 
 class TreeScorer:
-    """Equals `plain_log_probs`, but a prompt is computed once, not once for each action.
+    """Equals `plain_log_probs` up to rounding, but computes a prompt once, not once an action.
 
     In a transformer, tokens exchange information only in attention, and only their positions tell
     their order. Here each node looks only at its own prefixes, and its position is the number of
@@ -860,7 +862,7 @@ class TreeScorer:
                 input_ids=last_tokens[None],
                 position_ids=positions[None],
                 attention_mask=mask[None, None].to(model.device, model.dtype),  # (1, 1, L, L)
-                # Only these nodes predict tokens of actions; one that predicts several is repeated.
+                # Logits only at these nodes. A node comes once for each token that it predicts.
                 logits_to_keep=tensor(sources),
                 use_cache=False,
             )
@@ -891,7 +893,15 @@ def choose_scorer(model):
     return plain_log_probs
 
 
-# === 10. Loading: any causal LM, without running anybody's code. ==================================
+# === 10. Loading: an environment, and any causal LM, without running anybody's code. ==============
+ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
+
+
+def make_env(agent, settings):
+    """An environment, wrapped for the agent, at the start of an episode."""
+    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
+
+
 def make_agent(settings, kind=Agent, lora=add_lora):
     """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
     model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
@@ -1112,9 +1122,6 @@ def report(agent, new_env, run, purpose):
 
 
 # === 14. Checks: what would fail later is refused before anything is played. ======================
-ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
-
-
 def make_settings(**values):
     """The settings, checked, and with those that depend on the task filled in."""
     settings = Settings(**values)
@@ -1140,11 +1147,6 @@ def make_settings(**values):
     return settings
 
 
-def make_env(agent, settings):
-    """An environment, wrapped for the agent, at the start of an episode."""
-    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
-
-
 def try_env(settings):
     """Use each call of an environment once, before the LM is loaded."""
     try:
@@ -1164,7 +1166,11 @@ USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutO
 
 
 def parse(argv, defaults):
-    """Return (settings, resumed, evaluated). The latter two are folders of runs, or None."""
+    """Return (settings, resumed, evaluated). The latter two are folders of runs, or None.
+
+    python twosome.py                  a new run: the defaults, and the flags that were typed
+    python twosome.py --resume RUN     the settings of RUN; few flags may change
+    python twosome.py --evaluate RUN   the settings of RUN, and the flags that were typed"""
     parser = ArgumentParser(
         epilog="The other flags, with default and reason:\n" + inspect.getsource(Settings),
         formatter_class=RawDescriptionHelpFormatter,
@@ -1181,8 +1187,10 @@ def parse(argv, defaults):
     given = vars(parser.parse_args(argv))  # only what was typed
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
     if resumed:
-        others = given.keys() - {"steps", "device", "max_prompts"}
-        require(not others, "--resume goes only with --steps, --device and --max_prompts")
+        require(
+            given.keys() <= {"steps", "device", "max_prompts"},
+            "--resume goes only with --steps, --device and --max_prompts",
+        )
     folder = resumed or evaluated
     values = read_config(folder, **given) if folder else defaults | given
     if evaluated:
@@ -1198,7 +1206,7 @@ def read_config(path, **changes):
         Settings(**config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the folder of a run: {error!r}") from error
-    if "env" in changes:  # The other environment has its own.
+    if changes.get("env", config["env"]) != config["env"]:  # It has other defaults.
         config |= {"task": None, "gamma": None, "steps": None}
     return config | changes
 

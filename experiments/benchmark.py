@@ -52,6 +52,7 @@ ITERATION = {
     "rollout_steps": 32,
     "epochs": 1,
     "minibatches": 4,
+    "value_epochs": 1,
     "rehearsal_coef": 0.0,
 }
 WATCHED = "log_policy", "features", "extra_loss"
