@@ -95,9 +95,7 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = (
-        None  # decisions to learn from; None: the task's own, 4,096 at first; paper: 50,000+
-    )
+    steps: int = None  # decisions to learn from; None: set by the task (4,096); paper: 50,000+
     gamma: float = None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
@@ -110,9 +108,9 @@ class Settings:
     rollout_steps: int = 64  # decisions in each environment between two updates; paper: 32
     gae_lambda: float = 0.95  # trades bias against variance of the advantage; paper: 0.95
     # PPO
-    epochs: int = 2  # passes of the actor over a rollout; more cost more language; paper: 1
-    minibatches: int = 2  # gradient steps in each epoch; more are slower; paper: 4
-    value_epochs: int = 20  # passes of the critic, which are cheap; paper: 1
+    epochs: int = 2  # the actor's passes over a rollout; each costs some language; paper: 1
+    minibatches: int = 2  # gradient steps in each epoch; more take longer; paper: 4
+    value_epochs: int = 20  # the critic's passes over a rollout, which are cheap; paper: 1
     policy_lr: float = 2e-3  # of LoRA, for LMs of up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range; paper: 0.2
@@ -128,9 +126,9 @@ class Settings:
 
 EVALUATION_EPISODES = 100  # before training, and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all. Its rank is in section 4.
-CACHE_SIZE = 100_000  # the number of entries beyond which a cache loses old ones
-# torchrun (section 11) starts several processes and tells each its rank. One alone has rank 0, and
-# then all that is said about processes does nothing.
+CACHE_SIZE = 100_000  # the number of entries beyond which a cache loses old ones, or all
+# torchrun (section 11) starts several processes and tells each its rank. With one process the rank
+# is 0, and all code about processes has no effect.
 RANK = int(os.environ.get("RANK", 0))
 N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -383,7 +381,7 @@ def make_critic(n_inputs):
         nn.Linear(512, 1),
     )
     # V is 0 at first. A random V would give random advantages before anything is learned. The last
-    # layer can still learn, as its inputs are not 0, and then so can the others.
+    # layer can still learn, because its inputs are not 0. From the next step on all layers do.
     for p in critic[-1].parameters():
         nn.init.zeros_(p)
     return critic
@@ -705,8 +703,11 @@ def train(agent, new_env, run):
     print(f"untrained: {describe(run.before)}")
     decisions_per_update = settings.n_envs * settings.rollout_steps * N_PROCESSES
     n_updates = math.ceil(settings.steps / decisions_per_update)
-    most = n_updates * settings.epochs * settings.minibatches
-    print(f"{n_updates} updates of {decisions_per_update} decisions, at most {most} gradient steps")
+    max_steps = n_updates * settings.epochs * settings.minibatches
+    print(
+        f"{n_updates} updates of {decisions_per_update} decisions, "
+        f"at most {max_steps} gradient steps"
+    )
     # disable=None shows the bar only in a terminal.
     bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
     while len(run.rows) < n_updates:
