@@ -594,8 +594,7 @@ def backward_policy_loss(agent, rollout, advantage, batch, ent_coef):
         policies = dict(zip(states, agent.log_policy(states), strict=True))
         decisions = [i for i in batch if rollout.states[i] in policies]
         log_pis = [policies[rollout.states[i]] for i in decisions]
-        choice = rollout.choice[decisions]
-        log_pi_a = [log_pi[a] for log_pi, a in zip(log_pis, choice, strict=True)]
+        log_pi_a = [log_pi[a] for log_pi, a in zip(log_pis, rollout.choice[decisions], strict=True)]
         # H(pi(. | s)) = -sum_a pi(a | s) log pi(a | s)
         entropy = [-(log_pi.exp() * log_pi).sum() for log_pi in log_pis]
         loss, chunk_metrics = policy_loss(
@@ -703,10 +702,9 @@ def train(agent, new_env, run):
     print(f"untrained: {describe(run.before)}")
     decisions_per_update = settings.n_envs * settings.rollout_steps * N_PROCESSES
     n_updates = math.ceil(settings.steps / decisions_per_update)
-    max_steps = n_updates * settings.epochs * settings.minibatches
+    n_steps = n_updates * settings.epochs * settings.minibatches
     print(
-        f"{n_updates} updates of {decisions_per_update} decisions, "
-        f"at most {max_steps} gradient steps"
+        f"{n_updates} updates of {decisions_per_update} decisions, at most {n_steps} gradient steps"
     )
     # disable=None shows the bar only in a terminal.
     bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
@@ -1044,7 +1042,8 @@ class Run:
             # weights_only refuses a pickle that would run a program.
             saved = torch.load(path, map_location="cpu", weights_only=True)
             for name, weight in trainable(agent).items():
-                weight.data.copy_(saved["weights"][name])
+                # view_as, because copy_ alone would stretch a smaller weight.
+                weight.data.copy_(saved["weights"][name].view_as(weight))
             agent.actor_optimizer.load_state_dict(saved["actor_optimizer"])
             agent.critic_optimizer.load_state_dict(saved["critic_optimizer"])
         except Exception as error:  # A damaged file can fail in any way.
