@@ -131,6 +131,7 @@ def learning_curves(panels, path, title="Thin lines are single runs, thick lines
             draw_references(axis, pair)
             axis.set_title(f"{task}: {metric.replace('return', 'discounted return')}", loc="left")
             axis.set_xlabel("decisions")
+            axis.locator_params(axis="x", nbins=5)
         row[0].set_ylim(-0.07, 1.07)
         label_ends(row[1], ends, styles)
     figure.savefig(path, bbox_inches="tight")
