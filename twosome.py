@@ -577,7 +577,7 @@ def minibatches(n, epochs, parts, rng):
     """Yield the indices of n decisions in nearly equal parts, each epoch shuffled anew."""
     for _ in range(epochs):
         order = rng.sample(range(n), n)
-        for part in range(min(parts, n)):
+        for part in range(parts)[:n]:
             yield order[part::parts]
 
 
@@ -634,7 +634,7 @@ def update_actor(agent, rollout, remaining, rng):
     advantage /= advantage.std(correction=0) + 0.1
     # The bonus falls to 0. At the end it would only keep the policy random.
     ent_coef = remaining * settings.ent_coef
-    for batch in minibatches(len(rollout.states), settings.epochs, settings.minibatches, rng):
+    for batch in minibatches(len(advantage), settings.epochs, settings.minibatches, rng):
         agent.actor_optimizer.zero_grad()
         metrics = backward_policy_loss(agent, rollout, advantage, batch, ent_coef)
         if metrics["approx_kl"] > settings.target_kl:
@@ -729,7 +729,6 @@ def train(agent, new_env, run):
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
-    bar.close()
 
 
 # === 8. Not the paper's: rehearse what the LM would say, so that it forgets less of its language. =
@@ -968,7 +967,7 @@ def start_processes():
     first one prints and writes. When one fails, torchrun ends the others."""
     if N_PROCESSES > 1:
         if torch.cuda.is_available():  # one GPU for each process of a machine
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- only the first process speaks
