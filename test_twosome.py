@@ -700,7 +700,8 @@ def test_learning_rates_fall_to_zero():
 
 def test_gradient_is_the_policy_gradient():
     """Otherwise learning would run backwards, or give one decision's credit to another; or depend
-    on how many states go through the LM at once, which a graphics card's memory decides."""
+    on how many states go through the LM at once, which a graphics card's memory decides; or scale
+    the critic's errors, where nothing was earned, to the size of a success."""
     agent = an_agent(rollout_steps=3)
     rollout = a_rollout(agent)
     advantage = torch.tensor([1.0, -2.0, -1.0, 1.0, 1.0, 0.0])

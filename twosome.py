@@ -126,7 +126,7 @@ class Settings:
 
 EVALUATION_EPISODES = 100  # before training, and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks; paper: in all. Its rank is in section 4.
-CACHE_SIZE = 100_000  # the number of entries beyond which a cache loses old ones, or all
+CACHE_SIZE = 100_000  # A cache with more entries is emptied, or drops the oldest.
 # torchrun (section 11) starts several processes and tells each its rank. With one process the rank
 # is 0, and all code about processes has no effect.
 RANK = int(os.environ.get("RANK", 0))
@@ -651,7 +651,7 @@ def update_actor(agent, rollout, remaining, rng):
 def update_critic(agent, rollout, remaining, rng):
     """Move V towards the returns. Its inputs are computed only once, so a pass over the rollout
     costs next to nothing, and the critic makes many. The paper's code makes one, and clips the
-    change of V. Returns metrics."""
+    change of V. Returns the metrics of V before it has learned."""
     settings = agent.settings
     features = agent.features(rollout.states)  # (n, D)
     for batch in minibatches(len(features), settings.value_epochs, settings.minibatches, rng):
@@ -661,7 +661,7 @@ def update_critic(agent, rollout, remaining, rng):
         (0.5 * F.mse_loss(value, rollout.returns[batch])).backward()
         take_step(agent.critic_optimizer, remaining * settings.value_lr, settings.max_grad_norm)
     return {
-        # The critic's error before it has learned from this rollout, R - V_old, is the advantage.
+        # The critic's error, R - V_old, is the advantage.
         "value_loss": 0.5 * rollout.advantage.square().mean().item(),
         # 1 - Var(R - V_old) / Var(R): how much of the returns' variance the critic foresaw
         "explained_variance": 1 - (rollout.advantage.var() / rollout.returns.var()).item(),
@@ -866,8 +866,7 @@ class TreeScorer:
             )
         finally:
             self.frozen.next_nodes = ()  # also where the pass was interrupted
-        logits = output.logits[0].float()
-        minus_log = F.cross_entropy(logits, tensor(targets), reduction="none")
+        minus_log = F.cross_entropy(output.logits[0].float(), tensor(targets), reduction="none")
         n_tokens = []  # of each action of each state
         for _, action_ids in encoded:
             n_tokens += map(len, action_ids)
@@ -1165,11 +1164,13 @@ USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutO
 
 
 def parse(argv, defaults):
-    """Return (settings, resumed, evaluated). The latter two are folders of runs, or None.
+    """Return (settings, resumed, evaluated).
 
-    python twosome.py                  a new run: the defaults, and the flags that were typed
-    python twosome.py --resume RUN     the settings of RUN; few flags may change
-    python twosome.py --evaluate RUN   the settings of RUN, and the flags that were typed"""
+        python twosome.py                  a new run: the defaults, and the flags that were typed
+        python twosome.py --resume RUN     the settings of RUN; few flags may change
+        python twosome.py --evaluate RUN   the settings of RUN, and the flags that were typed
+
+    `resumed` and `evaluated` are the folders of these runs, or None."""
     parser = ArgumentParser(
         epilog="The other flags, with default and reason:\n" + inspect.getsource(Settings),
         formatter_class=RawDescriptionHelpFormatter,

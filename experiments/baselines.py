@@ -163,6 +163,7 @@ class SayCan(Baseline):
         """
         losses = []
         settings = self.settings
+        lr = remaining * settings.value_lr
         epochs, parts = settings.value_epochs, settings.minibatches
         for batch in twosome.minibatches(len(rollout.states), epochs, parts, rng):
             logits = self.affordance([rollout.states[i] for i in batch])
@@ -172,7 +173,6 @@ class SayCan(Baseline):
             loss = F.binary_cross_entropy_with_logits(torch.stack(chosen), y)
             self.critic_optimizer.zero_grad()
             loss.backward()
-            lr = remaining * settings.value_lr
             twosome.take_step(self.critic_optimizer, lr, settings.max_grad_norm)
             losses.append(loss.item())
         self.policy_cache.clear()

@@ -160,6 +160,7 @@ class OnePass(Agent):
 
     def learn(self, rollout, remaining, rng):
         given = self.settings
+        lr = remaining * given.value_lr
         old = rollout.returns - rollout.advantage
         for batch in twosome.minibatches(len(rollout.states), 1, 4, rng):
             value = self.value([rollout.states[i] for i in batch])
@@ -167,7 +168,6 @@ class OnePass(Agent):
             errors = torch.stack([value, old[batch] + change]) - rollout.returns[batch]
             self.critic_optimizer.zero_grad()
             (0.5 * errors.square().amax(0).mean()).backward()
-            lr = remaining * given.value_lr
             twosome.take_step(self.critic_optimizer, lr, given.max_grad_norm)
         self.settings = replace(given, value_epochs=0)
         metrics = super().learn(rollout, remaining, rng)
