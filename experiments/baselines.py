@@ -30,15 +30,12 @@ from twosome import Agent, TextEnv, UserError, require  # noqa: E402
 DEFAULTS = {
     "ppo": {
         "epochs": 10,
-        "minibatches": 4,
-        "value_epochs": 10,
         "policy_lr": 1e-3,
-        "ent_coef": 0.01,
         "target_kl": 0.05,
         "rehearsal_coef": 0.0,
         "max_prompts": 1024,
     },
-    "saycan": {"value_epochs": 10, "minibatches": 4, "rehearsal_coef": 0.0},
+    "saycan": {"rehearsal_coef": 0.0},
     "random": {"steps": 0, "rehearsal_coef": 0.0},
 }
 

@@ -24,7 +24,7 @@ class Lamp:
     GAMMA = 0.9  # the discount of a step
     STEPS = {"letter": 4096}  # decisions to learn from
     goal = "get the letter"
-    n_actions = len(PHRASES)
+    n_actions = len(PHRASES)  # PPO from scratch asks for it
 
     def __init__(self, task, gamma):
         self.reset()

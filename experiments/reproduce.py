@@ -150,7 +150,7 @@ class AlwaysEarns(TextEnv):
 
 
 def paper_lora(model):
-    """Queries and values of all blocks, which are what peft adapts unless told otherwise."""
+    """Rank 8 and all blocks. peft adapts queries and values unless told otherwise."""
     config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
     return get_peft_model(model, config).eval()
 
@@ -187,10 +187,10 @@ class Variant:
 
 DEPARTURES = {
     "the time limit is an end": Variant(wrapper=LimitEnds),
-    "LoRA on all queries and values": Variant(lora=paper_lora),
+    "LoRA of rank 8 in all blocks": Variant(lora=paper_lora),
     "a rollout without reward is learned from": Variant(wrapper=AlwaysEarns),
     "no rehearsal": Variant({"rehearsal_coef": 0.0}),
-    "one epoch of four minibatches": Variant({"epochs": 1, "minibatches": 4}),
+    "one epoch": Variant({"epochs": 1}),
     "one pass of the critic, V clipped": Variant(kind=OnePass),
     "a constant entropy bonus": Variant(kind=ConstantBonus),
 }
@@ -277,7 +277,7 @@ def get_curve(run):
 
 def decisions_to_90(curve):
     """The number of decisions at which success reaches 0.9, or None. A point is the mean of two
-    consecutive rows, 64 episodes. Between points we interpolate."""
+    consecutive rows, 32 episodes. Between points we interpolate."""
     x, y, _ = np.array(curve).T
     x[1:], y[1:] = (x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2
     if y.max() < 0.9:

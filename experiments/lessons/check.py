@@ -114,6 +114,7 @@ def joint_probability(*answer):
         "the space is missing": log_probs(tokens(prompt) + glued[1:], len(glued) - 1).sum(),
         "prompt and action are no single text": log_probs(tokens(prompt) + glued, len(glued)).sum(),
         "this is P, not its logarithm": total.exp(),
+        "the minus sign is missing": -total,
         "this is the log of a sum, not the sum of logs": own.exp().sum().log(),
         "this is divided by the number of words": total / 4,
     }
@@ -147,8 +148,9 @@ def discounts(*answers):
 
 def trained_weights(*answer):
     blocks = pocket_lm()[0].model.layers
-    shapes = [p.shape for p in blocks.parameters() if p.dim() == 2]
-    a, b = 8 * sum(n for _, n in shapes), 8 * sum(m for m, _ in shapes)
+    names = "q_proj.weight", "v_proj.weight"
+    shapes = [p.shape for name, p in blocks.named_parameters() if name.endswith(names)]
+    a, b = 32 * sum(n for _, n in shapes), 32 * sum(m for m, _ in shapes)
     mistakes = {
         "the critic is counted, too": a + b + 129 * 1024 + 1025 * 512 + 513,
         "the B of each layer is missing": a,
