@@ -965,7 +965,9 @@ def test_evaluate_loads_what_was_trained(finished, capsys):
     """Otherwise --evaluate would show another agent, or not the task that is asked for."""
     agent, settings = load(finished)
     settings = dataclasses.replace(settings, task="tomato-lettuce-salad")
-    rng = twosome.Run(finished, settings, "twosome").rng("100 other episodes of tomato-lettuce-salad")
+    rng = twosome.Run(finished, settings, "twosome").rng(
+        "100 other episodes of tomato-lettuce-salad"
+    )
     new_env = partial(twosome.make_env, agent, settings)
     expected = twosome.describe(twosome.evaluate(agent, new_env, 2, rng))
     twosome.main(["--evaluate", str(finished), "--task", settings.task])

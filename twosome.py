@@ -93,7 +93,7 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions to learn from; None: set by the task (3,584); paper: 50,000+
+    steps: int = None  # decisions to learn from; None: set by the task (4,096); paper: 50,000+
     gamma: float = None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
