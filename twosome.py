@@ -115,7 +115,7 @@ class Settings:
     ent_coef: float = 0.01  # entropy bonus at first, against settling too early; paper: 0.01
     target_kl: float = 0.02  # an update stops beyond this KL divergence; paper: 0.02
     max_grad_norm: float = 0.5  # longer gradients are shortened, against leaps; paper: 0.5
-    rehearsal_coef: float = 0.1  # weight of the loss that keeps the LM's language; paper: none
+    rehearsal_coef: float = 0.3  # weight of the loss that keeps the LM's language; paper: none
     # The run
     seed: int = 1  # of everything random: LoRA, critic, sampled actions, minibatches
     out: str = None  # the run's folder; None: a new one in runs/
