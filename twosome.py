@@ -6,7 +6,7 @@ softmax over the log-probabilities that the LM gives to these endings, each divi
 of words. PPO then makes actions that turned out well more likely. It trains a small adapter (LoRA)
 and a small network that learns how good a state is. The LM itself stays frozen.
 
-    python twosome.py            # twenty seconds on a CPU core; success rises from 0.7 to 1.0
+    python twosome.py            # half a minute on a CPU core; success rises from about 0.7 to 1.0
     python twosome.py --help     # all settings
 
 One decision of pocket_lm, the tiny LM that is included, from an observation to a loss:
