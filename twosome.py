@@ -16,8 +16,8 @@ One decision of pocket_lm, the tiny LM that is included, from an observation to 
     an action    put the raw tomato on the cutting board        (one of the five that are offered)
     its tokens   put 0.58, the 1.00, raw 0.99, to-m-ato 1.00 (together), on 1.00, the 1.00,
                  cutting 0.52, board 1.00: how probable each is for the LM, after those before it
-    log P        the sum of their logs is -1.20; divided by 8, the number of words, -0.15
-    policy       exp(-0.15) = 0.86, divided by the sum over the five actions: 0.31
+    log P        the sum of their logs is -1.20 (rounded); divided by 8, the number of words, -0.15
+    policy       exp(-0.15) = 0.86, divided by 2.77, the sum over the five actions: 0.31
     advantage    +0.5: what followed was better than the critic had expected (made-up number)
     loss         -ratio * 0.5, where ratio is the new probability over the old one, at first 1
 
@@ -86,6 +86,12 @@ from virtualhome_text import VirtualHomeText
 
 
 # === 1. Settings: one set for all tasks and small LMs; only steps and gamma come from the world. ==
+# Words: a decision is the choice of an action, which takes one or more primitive steps, the moves
+# of the world. A rollout is what is played between two updates, and an update is a rollout and its
+# gradient steps, which change weights. `steps` and `rollout_steps` count decisions.
+# Shapes: B states with K actions each; L tokens; D hidden units; T decisions in each of N
+# environments, n = T * N in all; m of them in a chunk of a minibatch. P is a probability of the LM,
+# pi(a | s) the policy, s' the state after the action, V(s) a value, R a return, A an advantage.
 @dataclass
 class Settings:
     """Each line is a flag of the command line, such as --n_envs 8."""
@@ -93,8 +99,8 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions to learn from; None: set by the task (4,096); paper: 50,000+
-    gamma: float = None  # discount of one move; None: overcooked 0.99, virtualhome 0.95, as paper
+    steps: int = None  # decisions to learn from; None: by the task, 2,560 or more; paper: 50,000+
+    gamma: float = None  # of a primitive step; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
     norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
@@ -106,10 +112,10 @@ class Settings:
     rollout_steps: int = 64  # decisions in each environment between two updates; paper: 32
     gae_lambda: float = 0.95  # trades bias against variance of the advantage; paper: 0.95
     # PPO
-    epochs: int = 2  # the actor's passes over a rollout; each costs some language; paper: 1
+    epochs: int = 2  # the actor's passes over a rollout; in each the LM forgets a bit; paper: 1
     minibatches: int = 4  # gradient steps in each epoch; more take longer; paper: 4
     value_epochs: int = 10  # the critic's passes over a rollout, which are cheap; paper: 1
-    policy_lr: float = 2e-3  # of LoRA, for LMs of up to 135M weights; paper (7B): 5e-7
+    policy_lr: float = 2e-3  # of LoRA; tried with up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic, a common rate for a small MLP; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range: how far one decision may move pi; paper: 0.2
     ent_coef: float = 0.01  # entropy bonus at first, against settling too early; paper: 0.01
@@ -122,23 +128,14 @@ class Settings:
     test_episodes: int = 16  # played after each update, only for the log; more take longer
 
 
-EVALUATION_EPISODES = 100  # before training, and after it
+EVALUATION_EPISODES = 100  # in each process, before training and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks, as section 4 explains; paper: in all
 LORA_RANK = 32  # With less, pocket_lm learns slowly; paper: 8.
-# Where LMs compute queries and values: apart, or in one layer together with the keys. Mamba has no
-# attention, but a layer in its place.
-LORA_LAYERS = "q_proj", "v_proj", "query_key_value", "qkv_proj", "Wqkv", "c_attn", "mixer.in_proj"
-CACHE_SIZE = 100_000  # A cache with more entries is emptied, or drops the oldest.
+CACHE_SIZE = 100_000  # A cache with more entries is emptied, or drops what was not used for long.
 # torchrun (section 11) starts several processes and tells each its rank. With one process the rank
 # is 0, and all code about processes has no effect.
 RANK = int(os.environ.get("RANK", 0))
 N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-
-# Words: a decision is the choice of an action, which takes one or more primitive steps, the moves
-# of the world. A gradient step changes weights. An update is a rollout and its gradient steps.
-# Shapes: B states with K actions each; L tokens; D hidden units; T decisions in each of N
-# environments, n = T * N in all; m of them in a part of a minibatch. pi(a | s) is the policy, s' is
-# the state after the action, V(s) a value, R a return, A an advantage.
 
 
 # --- Helpers ---
@@ -199,7 +196,7 @@ class TextEnv:
       and returns (obs, info) as `reset` does, for --resume.
     Its info has
     - "actions": a dict that maps each action that is offered now to its phrase. Actions are offered
-      at the end of an episode, too, because its last state gets a value,
+      at the end of an episode, too: its last state gets a value, and `encode` needs phrases,
     - "primitive_steps": how many primitive steps the latest action took,
     - "success": whether the goal is reached."""
 
@@ -288,12 +285,12 @@ def encode(tokenizer, prompt, phrases):
 def plain_log_probs(model, encoded):
     """The definition of an action's joint log-probability: each action is a row of its own.
 
-        log P(a | s) = sum_i log P(w_i | s, w_1 ... w_{i-1}),  w_i: the tokens of a      (Eq. 1)
+        log P(a | s) = sum_i log P(t_i | s, t_1 ... t_{i-1}),  t_i: the tokens of a      (Eq. 1)
 
     (Eq. numbers are the paper's.) `encoded` has B pairs from `encode`. Returns B float32 tensors
     (K,), with gradients. There is no factor for the end of the text: what follows the action does
     not matter. For most LMs make_agent chooses a faster way to the same numbers (section 9); with
-    this one a run comes out the same, up to rounding, and takes longer."""
+    this one a run takes longer, and comes out the same until rounding tips a draw."""
     log_probs = []
     for prompt_ids, action_ids in encoded:
         rows = [torch.tensor(prompt_ids + ids) for ids in action_ids]
@@ -324,10 +321,11 @@ def normalize(log_probs, action_ids, phrases, norm):
         chop the egg             0.1  0.8  0.1               0.365  0.370  0.544
         chop the aub erg ine     0.1  0.8  0.05  0.99  0.99  0.179  0.611  0.429
 
-    "none" favours the shortest phrase, though its only word is improbable. "token" favours long
-    words, because the end of a word is nearly sure once it has begun. "word" does neither, and
-    divides by 3 for both of the longer phrases. Any division has a price: it makes the policy more
-    random, as a log P of -6 becomes one of -2.
+    "none" favours the shortest phrase: "wait" has a single factor, though a small one. "token"
+    favours words of many tokens, because the end of a word is nearly sure once it has begun. "word"
+    divides by 3 for both of the longer phrases, and so treats a word alike into however many tokens
+    it is cut. It favours phrases whose later words are easy to guess. Any division has a price: it
+    makes the policy more random, as a log P of -6 becomes one of -2.
 
     >>> phrases = ["wait", "chop the egg", "chop the aubergine"]
     >>> action_ids = [[7], [1, 2, 3], [1, 2, 4, 5, 6]]
@@ -352,6 +350,11 @@ def decoder_blocks(model):
     return next(module for module in modules if isinstance(module, nn.ModuleList))
 
 
+# Where LMs compute queries and values: apart, or in one layer together with the keys. Mamba has no
+# attention, but a layer in its place.
+LORA_LAYERS = "q_proj", "v_proj", "query_key_value", "qkv_proj", "Wqkv", "c_attn", "mixer.in_proj"
+
+
 def add_lora(model):
     """Freeze the LM and add a trainable low-rank term to some layers (LoRA; Hu et al., 2022):
 
@@ -360,8 +363,9 @@ def add_lora(model):
     so that training starts from the LM's own policy. As in the paper, the layers that compute the
     queries and values of attention get it, and alpha is twice the rank. With LoRA in all linear
     layers SmolLM2 learned as fast, but it then failed more often in tasks that it had not
-    practised. Unlike in the paper, only the last ten blocks get it (all, where there are fewer).
-    What the blocks below make of a text then never changes, and can be cached (section 9)."""
+    practised (experiments/results/search_settings.csv). Unlike in the paper, only the last ten
+    blocks get it, or all where there are fewer. What the blocks below make of a text then never
+    changes, and can be cached (section 9)."""
     adapted = set(decoder_blocks(model)[-LORA_BLOCKS:].modules())
     names = []
     for name, module in model.named_modules():
@@ -418,7 +422,7 @@ class Agent(nn.Module):
         self.critic = make_critic(model.get_output_embeddings().weight.shape[1])
         self.actor_optimizer = make_optimizer(self.model)
         self.critic_optimizer = make_optimizer(self.critic)
-        # Two caches: the frozen LM's features never change, the policy changes in each update.
+        # The agent's caches: the LM's features never change, the policy changes in each update.
         self.feature_cache = {}  # prompt -> (D,)
         self.policy_cache = {}  # state -> log pi (K,)
 
@@ -581,7 +585,7 @@ def minibatches(n, epochs, parts, rng):
     """Yield the indices of n decisions in nearly equal parts, each epoch shuffled anew."""
     for _ in range(epochs):
         order = rng.sample(range(n), n)
-        for part in range(parts)[:n]:
+        for part in range(parts)[:n]:  # If n is less than `parts`, none is left empty.
             yield order[part::parts]
 
 
@@ -631,9 +635,10 @@ def update_actor(agent, rollout, remaining, rng):
     """Move LoRA towards decisions that turned out better than expected, but not far. The loss is
     policy_loss + extra_loss (section 8). Returns the metrics of the last minibatch."""
     settings = agent.settings
-    # A becomes (A - mean) / (std + 0.1). Where nothing happened, advantages are only the critic's
-    # errors, of say 0.01. Divided by their own std, as in the paper's code, they would be as large
-    # as those of a success, and outweigh the entropy bonus that keeps the policy exploring.
+    # A becomes (A - mean) / (std + 0.1), which suits rewards of about 1. Where nothing happened,
+    # advantages are only the critic's errors, of say 0.01. Divided by their own std, as in the
+    # paper's code, they would be as large as those of a success, and outweigh the entropy bonus
+    # that keeps the policy exploring.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage /= advantage.std(correction=0) + 0.1
     # The bonus falls to 0. At the end it would only keep the policy random.
@@ -708,7 +713,8 @@ def train(agent, new_env, run):
     n_updates = math.ceil(settings.steps / decisions_per_update)
     n_steps = n_updates * settings.epochs * settings.minibatches
     print(
-        f"{n_updates} updates of {decisions_per_update} decisions, at most {n_steps} gradient steps"
+        f"{n_updates} updates of {decisions_per_update} decisions, "
+        f"at most {n_steps} gradient steps of LoRA"
     )
     # disable=None shows the bar only in a terminal.
     bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
@@ -720,9 +726,13 @@ def train(agent, new_env, run):
         run.decisions += decisions_per_update
         # A rollout without any reward tells only what the critic believes. We skip it and play on;
         # the paper's code learns from it. The cost of our rule is a critic that sees fewer failures
-        # and expects too much. In Overcooked each move costs a little, so nothing is skipped.
+        # and expects too much. In Overcooked each primitive step costs a little, so none is
+        # skipped. A skipped rollout counts in `decisions`, but it is no update.
         if average(rollout.reward.abs().sum()) == 0:
-            require(run.decisions < 100 * n_updates * decisions_per_update, "hardly any reward")
+            require(
+                run.decisions < 100 * n_updates * decisions_per_update,
+                "hardly any reward: is the goal in reach?",
+            )
             continue
 
         # Learn: the gradient steps of PPO.
@@ -746,8 +756,8 @@ class Rehearsal:
         self.model = model
         self.coef = coef
         first_tokens = torch.randint(vocab_size, (32, 1), device=model.device)
-        # Each text has 40 tokens: a random one, and 39 that the LM samples. An LM's folder may
-        # bring settings that change what it writes, which these override.
+        # Each text has 40 tokens: a random one, and 39 that the LM samples. These settings come
+        # before those that an LM's folder may bring.
         sampling = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -986,8 +996,8 @@ def gather(value):
 
 # === 12. A run: keep in a folder what is needed to go on, and what came out. ======================
 class Run:
-    """A folder with these files, which are written aside and renamed, so that a kill leaves the old
-    one or the new one, whole:
+    """A folder with these files. All but the adapter's are written aside and renamed, so that a
+    kill leaves the old one or the new one, whole:
 
         config.json     the settings
         metrics.csv     the log, a row for each update
@@ -1144,7 +1154,7 @@ def make_settings(**values):
     for name, value in vars(settings).items():
         if isinstance(value, int | float):
             low = int(name in at_least_1.split())
-            high = 1 if name in ("gamma", "gae_lambda") else 1e12
+            high = 1 if name in ("gamma", "gae_lambda") else 1e12  # which keeps infinity out
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
     return settings
 
