@@ -729,10 +729,7 @@ def train(agent, new_env, run):
         # and expects too much. In Overcooked each primitive step costs a little, so none is
         # skipped. A skipped rollout counts in `decisions`, but it is no update.
         if average(rollout.reward.abs().sum()) == 0:
-            require(
-                run.decisions < 100 * n_updates * decisions_per_update,
-                "hardly any reward: is the goal in reach?",
-            )
+            require(run.decisions < 100 * n_updates * decisions_per_update, "hardly any reward")
             continue
 
         # Learn: the gradient steps of PPO.
