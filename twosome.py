@@ -585,7 +585,7 @@ def minibatches(n, epochs, parts, rng):
     """Yield the indices of n decisions in nearly equal parts, each epoch shuffled anew."""
     for _ in range(epochs):
         order = rng.sample(range(n), n)
-        for part in range(parts)[:n]:  # If n is less than `parts`, none is left empty.
+        for part in range(min(parts, n)):
             yield order[part::parts]
 
 
