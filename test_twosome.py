@@ -773,10 +773,12 @@ def test_rehearsal_pulls_towards_the_untrained_lm():
     """Otherwise it would pull elsewhere, and the language be lost unnoticed."""
     agent = an_agent()
     base, _ = twosome.load_lm("pocket_lm")
-    agent.extra_loss = twosome.Rehearsal(agent.model, 400, coef=0.5)
-    agent.extra_loss.texts = ids = agent.extra_loss.texts[:1]
-    both = [model(input_ids=ids).logits[0] for model in (base, agent.model)]
-    log_p_0, log_p = torch.stack(both).log_softmax(-1)
+    agent.extra_loss = loss = twosome.Rehearsal(agent.model, 400, 0.5)
+    # Whichever four are drawn, it is the first one.
+    loss.texts = ids = loss.texts[:1].expand(32, -1)
+    loss.logits = loss.logits[:1].expand(32, -1, -1)
+    log_p_0 = base(input_ids=ids).logits[0].log_softmax(-1)
+    log_p = agent.model(input_ids=ids).logits[0].log_softmax(-1)
     kl = (log_p_0.exp() * (log_p_0 - log_p)).sum(-1).mean()
     expected = torch.autograd.grad(0.5 * kl, list(trainable(agent.model).values()))
     rollout = a_rollout(agent)
@@ -965,9 +967,7 @@ def test_evaluate_loads_what_was_trained(finished, capsys):
     """Otherwise --evaluate would show another agent, or not the task that is asked for."""
     agent, settings = load(finished)
     settings = dataclasses.replace(settings, task="tomato-lettuce-salad")
-    rng = twosome.Run(finished, settings, "twosome").rng(
-        "100 other episodes of tomato-lettuce-salad"
-    )
+    rng = twosome.Run(finished, settings, "twosome").rng("other episodes")
     new_env = partial(twosome.make_env, agent, settings)
     expected = twosome.describe(twosome.evaluate(agent, new_env, 2, rng))
     twosome.main(["--evaluate", str(finished), "--task", settings.task])

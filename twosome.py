@@ -747,7 +747,7 @@ class Rehearsal:
     """RL on a few sentences makes an LM forget some of its language. Against this the untrained LM
     first writes 32 texts. Then an extra loss holds the next-token predictions p of the trained LM
     on these texts to those of the untrained one, p_0 (pseudo-rehearsal; Robins, 1995). Each call
-    returns coef * KL(p_0 || p) on one of the texts, for one gradient step."""
+    returns coef * KL(p_0 || p) on four of the texts, for one gradient step."""
 
     def __init__(self, model, vocab_size, coef):
         self.model = model
@@ -764,18 +764,20 @@ class Rehearsal:
             min_new_tokens=39,  # No text ends early.
             max_new_tokens=39,
         )
-        with model.disable_adapter():
+        with model.disable_adapter():  # Without LoRA nothing has a gradient.
             self.texts = model.generate(first_tokens, generation_config=sampling)  # (32, 40)
+            self.logits = model(input_ids=self.texts, use_cache=False).logits
 
     def __call__(self, rng):
-        text = rng.choice(self.texts)[None]  # (1, 40)
-        with self.model.disable_adapter():  # Without LoRA nothing has a gradient.
-            untrained = self.model(input_ids=text, use_cache=False).logits
-        now = self.model(input_ids=text, use_cache=False).logits
-        log_p_0 = untrained[0].float().log_softmax(-1)  # (40, vocabulary)
-        log_p = now[0].float().log_softmax(-1)
-        # KL(p_0 || p) = sum_w p_0(w) (log p_0(w) - log p(w)), averaged over the text's positions
-        return self.coef * F.kl_div(log_p, log_p_0, reduction="batchmean", log_target=True)
+        # The loss of a single text would be noisy, and slow down learning.
+        chosen = rng.sample(range(32), 4)
+        texts = self.texts[chosen]  # (4, 40)
+        logits = self.model(input_ids=texts, use_cache=False).logits
+        log_p_0 = self.logits[chosen].float().log_softmax(-1)  # (4, 40, vocabulary)
+        log_p = logits.float().log_softmax(-1)
+        # KL(p_0 || p) = sum_w p_0(w) (log p_0(w) - log p(w)), averaged over the tokens of the texts
+        kl = F.kl_div(log_p, log_p_0, reduction="sum", log_target=True)
+        return self.coef * kl / texts.numel()
 
 
 # === 9. The same numbers, faster: compute every distinct beginning once, as branches of a tree. ===
@@ -1021,8 +1023,8 @@ class Run:
             unfinished.replace(self.path / name)
 
     def log(self, metrics):
-        clock = time.perf_counter() - self.started
-        self.rows.append({"decisions": self.decisions, **metrics, "seconds": clock})
+        clock = {"seconds": time.perf_counter() - self.started}
+        self.rows.append({"decisions": self.decisions} | metrics | clock)
         table = io.StringIO()
         writer = csv.DictWriter(table, self.rows[0], lineterminator="\n")
         writer.writeheader()
@@ -1120,13 +1122,12 @@ def show_episode(agent, new_env, rng):
     print(f"  success: {env.info['success']}, discounted return {env.discounted_return:.3f}")
 
 
-def report(agent, new_env, run, purpose):
+def report(agent, new_env, rng, title):
     """Play 100 episodes; print another one in full, then their means. Returns the means."""
-    rng = run.rng(purpose)
     result = evaluate(agent, new_env, EVALUATION_EPISODES, rng)
     if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
         show_episode(agent, new_env, rng)
-    print(f"\n{purpose}: {describe(result)}")
+    print(f"\n{title}: {describe(result)}")
     return result
 
 
@@ -1147,11 +1148,11 @@ def make_settings(**values):
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
         settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
-    at_least_1 = "n_envs rollout_steps epochs minibatches value_epochs max_prompts test_episodes"
-    for name, value in vars(settings).items():
-        if isinstance(value, int | float):
-            low = int(name in at_least_1.split())
-            high = 1 if name in ("gamma", "gae_lambda") else 1e12  # which keeps infinity out
+    for field in fields(Settings):
+        name, value = field.name, getattr(settings, field.name)
+        if field.type in (int, float):
+            low = 1 if field.type is int and name not in ("steps", "seed") else 0
+            high = 1 if name in ("gamma", "gae_lambda") else 1e12  # 1e12 keeps infinity out.
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
     return settings
 
@@ -1222,16 +1223,6 @@ def read_config(path, **changes):
     return config | changes
 
 
-def how_to_go_on(run, program):
-    """The end of an error message: the command that goes on with the run, if it saved anything."""
-    with suppress(OSError):
-        run.path.rmdir()  # This takes only an empty folder.
-    if not run.path.exists():
-        return ""
-    start = "python" if N_PROCESSES == 1 else f"torchrun --nproc_per_node {N_PROCESSES}"
-    return f"; to go on: {start} {program} --resume {shlex.quote(str(run.path))}"
-
-
 def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
     """Train, or evaluate what was trained. From Python, agent = main(["--env", "virtualhome"]).
     The other arguments let experiments/ train other agents with the same command line."""
@@ -1247,7 +1238,8 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         new_env = partial(make_env, agent, settings)
         if evaluated:
             run.load(agent)
-            report(agent, new_env, run, f"100 other episodes of {settings.task}")
+            rng = run.rng("other episodes")
+            report(agent, new_env, rng, f"100 other episodes of {settings.task}")
             return agent
         print(
             f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
@@ -1255,12 +1247,17 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         )
         train(agent, new_env, run)
         run.save_adapter(agent)
-        run.finish(report(agent, new_env, run, "after training"))
+        run.finish(report(agent, new_env, run.rng("after training"), "after training"))
         print(f"More episodes: python {program} --evaluate {shlex.quote(str(path))}")
         return agent
     except USER_ERRORS as error:
-        hint = how_to_go_on(run, program) if run and not evaluated else ""
-        sys.exit(f"{program}: {' '.join(str(error).split()) or 'interrupted'}{hint}")
+        message = " ".join(str(error).split()) or "interrupted"
+        if run and not evaluated:
+            try:
+                run.path.rmdir()  # This removes only an empty folder: nothing was saved.
+            except OSError:
+                message += f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
+        sys.exit(f"{program}: {message}")
 
 
 if __name__ == "__main__":
