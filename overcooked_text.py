@@ -111,7 +111,7 @@ class OvercookedText:
     # The best discounted return of each task with gamma 0.99, by exact search over all states.
     OPTIMUM = {"tomato-salad": 0.92052, "tomato-lettuce-salad": 0.94766}
     GAMMA = 0.99  # the discount of a primitive step, unless told otherwise
-    STEPS = {"tomato-salad": 4_096, "tomato-lettuce-salad": 12_288}  # decisions to learn from
+    STEPS = {"tomato-salad": 4_096, "tomato-lettuce-salad": 16_384}  # decisions to learn from
 
     def __init__(self, task="tomato-salad", gamma=GAMMA):
         if task not in TASKS:

@@ -99,7 +99,7 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions to learn from; None: by the task, 2,560 or more; paper: 50,000+
+    steps: int = None  # decisions to learn from; None: by the task, 3,072 or more; paper: 50,000+
     gamma: float = None  # of a primitive step; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
@@ -115,7 +115,7 @@ class Settings:
     epochs: int = 2  # the actor's passes over a rollout; in each the LM forgets a bit; paper: 1
     minibatches: int = 4  # gradient steps in each epoch; more take longer; paper: 4
     value_epochs: int = 10  # the critic's passes over a rollout, which are cheap; paper: 1
-    policy_lr: float = 2e-3  # of LoRA; tried with up to 135M weights; paper (7B): 5e-7
+    policy_lr: float = 1e-3  # of LoRA; tried with up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic, a common rate for a small MLP; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range: how far one decision may move pi; paper: 0.2
     ent_coef: float = 0.01  # entropy bonus at first, against settling too early; paper: 0.01

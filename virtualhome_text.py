@@ -146,7 +146,7 @@ class VirtualHomeText:
     # The best discounted return of each task with gamma 0.95, by exact search over all states.
     OPTIMUM = dict.fromkeys(TASKS, 0.77378) | {"entertainment": 0.59874}
     GAMMA = 0.95  # the discount of a step, unless told otherwise
-    STEPS = dict.fromkeys(TASKS, 2_560) | {"entertainment": 12_288}  # decisions to learn from
+    STEPS = dict.fromkeys(TASKS, 3_072) | {"entertainment": 16_384}  # decisions to learn from
 
     def __init__(self, task="food-preparation", gamma=GAMMA):
         if task not in TASKS:
