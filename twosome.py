@@ -21,8 +21,8 @@ One decision of pocket_lm, the tiny LM that is included, from an observation to 
     advantage    +0.5: what followed was better than the critic had expected (made-up number)
     loss         -ratio * 0.5, where ratio is the new probability over the old one, at first 1
 
-A gradient step on this loss makes the action more likely. Beyond a ratio of 1.2 this decision has
-no gradient any more, and an update ends where the policy has moved too far on average.
+A gradient step on this loss makes the action more likely. Beyond a ratio of 1.2 the loss is flat,
+and the actor's update ends where the policy has moved too far on average.
 
 Sections 2 to 7 are the method, and section 7 is the training loop, which you see whole. The rest
 is not needed to understand it: 8 keeps the LM's language, 9 computes the same numbers faster, 10
@@ -87,8 +87,8 @@ from virtualhome_text import VirtualHomeText
 
 # === 1. Settings: one set for all tasks and small LMs; only steps and gamma come from the world. ==
 # Words: a decision is the choice of an action, which takes one or more primitive steps, the moves
-# of the world. A rollout is what is played between two updates, and an update is a rollout and its
-# gradient steps, which change weights. `steps` and `rollout_steps` count decisions.
+# of the world. An update plays some decisions, the rollout, and learns from them in some gradient
+# steps, which change weights. `steps` and `rollout_steps` count decisions.
 # Shapes: B states with K actions each; L tokens; D hidden units; T decisions in each of N
 # environments, n = T * N in all; m of them in a chunk of a minibatch. P is a probability of the LM,
 # pi(a | s) the policy, s' the state after the action, V(s) a value, R a return, A an advantage.
@@ -99,27 +99,29 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions to learn from; None: by the task, 3,072 or more; paper: 50,000+
+    steps: int = (
+        None  # decisions to learn from; None: by the task, tomato-salad 4,096; paper: 50,000+
+    )
     gamma: float = None  # of a primitive step; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
     norm: str = "word"  # divides log P by words or tokens: word, token or none; paper: word
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda if there is one, else cpu
     dtype: str = "float32"  # of the frozen LM; bfloat16 needs half the memory; paper: float16
-    max_prompts: int = 8  # states in one forward pass; lower it if memory runs out; paper: 4
+    max_prompts: int = 8  # states computed at once; lower it if memory runs out; paper: 4
     # Playing
     n_envs: int = 4  # environments that each process plays at a time; paper: 4
     rollout_steps: int = 64  # decisions in each environment between two updates; paper: 32
     gae_lambda: float = 0.95  # trades bias against variance of the advantage; paper: 0.95
     # PPO
-    epochs: int = 2  # the actor's passes over a rollout; in each the LM forgets a bit; paper: 1
+    epochs: int = 2  # the actor's passes over a rollout; more cost more of the language; paper: 1
     minibatches: int = 4  # gradient steps in each epoch; more take longer; paper: 4
     value_epochs: int = 10  # the critic's passes over a rollout, which are cheap; paper: 1
     policy_lr: float = 1e-3  # of LoRA; tried with up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic, a common rate for a small MLP; paper: 1e-5 or 5e-5
     clip_coef: float = 0.2  # PPO's clip range: how far one decision may move pi; paper: 0.2
     ent_coef: float = 0.01  # entropy bonus at first, against settling too early; paper: 0.01
-    target_kl: float = 0.02  # an update stops beyond this KL divergence; paper: 0.02
+    target_kl: float = 0.02  # the actor's update stops beyond this KL divergence; paper: 0.02
     max_grad_norm: float = 0.5  # longer gradients are shortened, against leaps; paper: 0.5
     rehearsal_coef: float = 0.3  # weight of the loss that keeps the LM's language; paper: none
     # The run
@@ -131,7 +133,7 @@ class Settings:
 EVALUATION_EPISODES = 100  # in each process, before training and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks, as section 4 explains; paper: in all
 LORA_RANK = 32  # With less, pocket_lm learns slowly; paper: 8.
-CACHE_SIZE = 100_000  # A cache with more entries is emptied, or drops what was not used for long.
+CACHE_SIZE = 100_000  # A lasting cache with more entries is emptied, or drops the oldest ones.
 # torchrun (section 11) starts several processes and tells each its rank. With one process the rank
 # is 0, and all code about processes has no effect.
 RANK = int(os.environ.get("RANK", 0))
@@ -165,9 +167,9 @@ def trainable(module):
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-# === 2. Prompt: an observation begins a sentence, and each action ends it. How time is counted. ===
+# === 2. Prompt and time: an action ends the sentence that the prompt begins, and takes time. ======
 def build_prompt(obs, goal):
-    """Return the prompt, an unfinished sentence; a space and a phrase finish it.
+    """Return the prompt. A space and a phrase finish its last sentence.
 
     The environments write `obs` and the phrases by the paper's four principles:
     1. Cohesive: "... The first step to make a soup is to" + " chop the tomato" is fluent.
@@ -243,7 +245,7 @@ class TextEnv:
 def encode(tokenizer, prompt, phrases):
     """Return (prompt_ids, [action_ids, ...]): the tokens of a prompt and of each of its endings.
 
-    Both are tokenised as one text, because that is how an LM has read text in training: most
+    Prompt and ending are tokenised as one text, because that is how an LM has read text: most
     tokenizers put the space between two words into the second word's token. Each token has offsets,
     its start and end in the text. The tokens that start where the prompt ends, or later, are the
     action's. If the prompt is "to" and the action "chop", the text is "to chop", and a tokenizer
@@ -289,8 +291,8 @@ def plain_log_probs(model, encoded):
 
     (Eq. numbers are the paper's.) `encoded` has B pairs from `encode`. Returns B float32 tensors
     (K,), with gradients. There is no factor for the end of the text: what follows the action does
-    not matter. For most LMs make_agent chooses a faster way to the same numbers (section 9); with
-    this one a run takes longer, and comes out the same until rounding tips a draw."""
+    not matter. For most LMs make_agent chooses a faster way to the same numbers (section 9). With
+    this one a run is slower, and the same until rounding changes a sampled action."""
     log_probs = []
     for prompt_ids, action_ids in encoded:
         rows = [torch.tensor(prompt_ids + ids) for ids in action_ids]
@@ -388,8 +390,8 @@ def make_critic(n_inputs):
         nn.ReLU(),
         nn.Linear(512, 1),
     )
-    # V is 0 at first. A random V would give random advantages before anything is learned. The last
-    # layer can still learn, because its inputs are not 0. From the next step on all layers do.
+    # V is 0 at first. A random V would give random advantages before anything is learned. The first
+    # step moves only the last layer, whose inputs are not 0. From then on all layers learn.
     for p in critic[-1].parameters():
         nn.init.zeros_(p)
     return critic
@@ -627,7 +629,10 @@ def take_step(optimizer, lr, max_grad_norm):
         if p.grad is not None:  # It is None where no loss reaches it, in all processes.
             average(p.grad)
     grad_norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-    require(grad_norm.isfinite(), "a gradient is not finite; lower --policy_lr or --value_lr")
+    require(
+        grad_norm.isfinite(),
+        "a gradient is not finite; begin anew with a lower --policy_lr or --value_lr",
+    )
     optimizer.step()
 
 
@@ -648,7 +653,7 @@ def update_actor(agent, rollout, remaining, rng):
         metrics = backward_policy_loss(agent, rollout, advantage, batch, ent_coef)
         if metrics["approx_kl"] > settings.target_kl:
             # The steps before have already moved the policy too far from the one that collected
-            # the rollout. They are kept, and the rest of the update is skipped.
+            # the rollout. They are kept, and the actor's other steps are skipped.
             break
         if agent.extra_loss:
             agent.extra_loss(rng).backward()
@@ -724,10 +729,10 @@ def train(agent, new_env, run):
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
-        # A rollout without any reward tells only what the critic believes. We skip it and play on;
-        # the paper's code learns from it. The cost of our rule is a critic that sees fewer failures
-        # and expects too much. In Overcooked each primitive step costs a little, so none is
-        # skipped. A skipped rollout counts in `decisions`, but it is no update.
+        # Without any reward, advantages show only what the critic believes. We skip such a rollout
+        # and play on; the paper's code learns from it. The cost of our rule is a critic that sees
+        # fewer failures and expects too much. In Overcooked each primitive step costs a little, so
+        # none is skipped. A skipped rollout counts in `decisions`, but it is no update.
         if average(rollout.reward.abs().sum()) == 0:
             require(run.decisions < 100 * n_updates * decisions_per_update, "hardly any reward")
             continue
@@ -735,8 +740,8 @@ def train(agent, new_env, run):
         # Learn: the gradient steps of PPO.
         metrics = agent.learn(rollout, 1 - len(run.rows) / n_updates, rng)
 
-        # Log how the agent does in new episodes, played to their end. In a rollout, which has a
-        # fixed number of decisions, more of the short episodes end, and these are the successes.
+        # Log how the agent does in new episodes, played to their end. In a rollout, which is cut
+        # after T decisions, the short episodes, which are the successes, would be overcounted.
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
@@ -753,8 +758,8 @@ class Rehearsal:
         self.model = model
         self.coef = coef
         first_tokens = torch.randint(vocab_size, (32, 1), device=model.device)
-        # Each text has 40 tokens: a random one, and 39 that the LM samples. These settings come
-        # before those that an LM's folder may bring.
+        # Each text has 40 tokens: a random one, and 39 that the LM samples. These settings override
+        # those that an LM's folder may bring.
         sampling = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -826,8 +831,8 @@ class FrozenBlocks(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.cache = {}  # node -> hidden state (D,)
-        # TreeScorer leaves the nodes of its next pass here, because the LM's forward has no
-        # argument for them. Other passes leave none: all blocks run, and nothing is cached.
+        # The nodes of TreeScorer's next pass, for which the LM's forward has no argument. In other
+        # passes there are none: all blocks run, and nothing is cached.
         self.next_nodes = ()
 
     def forward(self, hidden, *args, **kwargs):
@@ -835,7 +840,7 @@ class FrozenBlocks(nn.Module):
         if nodes and all(node in self.cache for node in nodes):
             return torch.stack([self.cache[node] for node in nodes])[None]  # (1, L, D)
         for block in self.blocks:
-            hidden = block(hidden, *args, **kwargs)  # (1, L, D)
+            hidden = block(hidden, *args, **kwargs)
         if len(self.cache) > CACHE_SIZE:
             self.cache.clear()
         for i, node in enumerate(nodes):
@@ -845,7 +850,7 @@ class FrozenBlocks(nn.Module):
 
 
 class TreeScorer:
-    """Equals `plain_log_probs` up to rounding, but computes a prompt once, not once an action.
+    """Equals `plain_log_probs` up to rounding, but computes a prompt once for all its actions.
 
     In a transformer, tokens exchange information only in attention, and only their positions tell
     their order. Here each node looks only at its own prefixes, and its position is the number of
@@ -887,15 +892,15 @@ class TreeScorer:
         return log_probs.split([len(action_ids) for _, action_ids in encoded])  # B tensors (K,)
 
 
-# For these families test_twosome.py compares the tree with the definition. Other families may take
-# the distance of two tokens from their places in the input, between which a tree has other branches
-# (sliding windows, ALiBi), or read tokens strictly in order (state-space models).
+# For these families test_twosome.py compares the tree with the definition. Others may measure the
+# distance of two tokens by their places in the input, where other branches lie between (sliding
+# windows, ALiBi), or read tokens strictly in order (state-space models).
 TREE_FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3"]
 TREE_FAMILIES += ["gpt2", "gpt_neox", "opt", "phi"]
 
 
 def choose_scorer(model):
-    """The tree where it is known to be exact, for which the model is changed; else the rows."""
+    """The tree, which changes the model, where it is known to be exact; else the rows."""
     family = model.config.model_type
     if family in TREE_FAMILIES and not getattr(model.config, "sliding_window", None):
         return TreeScorer(model)
@@ -903,22 +908,14 @@ def choose_scorer(model):
     return plain_log_probs
 
 
-# === 10. Loading: an environment, and any causal LM, without running anybody's code. ==============
-ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
-
-
-def make_env(agent, settings):
-    """An environment, wrapped for the agent, at the start of an episode."""
-    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
-
-
-def make_agent(settings, kind=Agent, lora=add_lora):
-    """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
-    model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
-    model = lora(model)
-    coef = settings.rehearsal_coef
-    rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
-    return kind(model, tokenizer, settings, choose_scorer(model), rehearsal)
+# === 10. Loading: an environment, and a causal LM, without running anybody's code. ================
+@torch.no_grad()
+def is_causal(model):
+    """Two texts differ only in their third token. At the second token a causal LM predicts the same
+    for both, and an encoder such as BERT does not."""
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
+    a, b = model(input_ids=ids).logits[:, 1].float()
+    return torch.allclose(a, b, rtol=0.01, atol=0.01)
 
 
 def load_lm(name, device="cpu", dtype="float32"):
@@ -926,6 +923,7 @@ def load_lm(name, device="cpu", dtype="float32"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(__file__).with_name(name) if name == "pocket_lm" else name
+
     # What the libraries print while loading is for their authors.
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
@@ -946,9 +944,11 @@ def load_lm(name, device="cpu", dtype="float32"):
             f"cannot load the LM {name} on {device} (--model takes the folder or Hub id of an LM, "
             f"--evaluate and --resume take the folder of a run): {error}"
         ) from error
+
     # transformers fills missing weights with random numbers.
     require(not loading["missing_keys"], f"{name} lacks weights: {loading['missing_keys']}")
     require(is_causal(model), f"{name} is no causal LM: its logits see later words, or are NaN")
+
     if Path(path).is_dir():
         model.name_or_path = Path(path).name  # LoRA's files shall name the LM, but no home folder.
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -958,13 +958,21 @@ def load_lm(name, device="cpu", dtype="float32"):
     return model, tokenizer
 
 
-@torch.no_grad()
-def is_causal(model):
-    """Two texts differ only in their third token. At the second token a causal LM predicts the same
-    for both, and an encoder such as BERT does not."""
-    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
-    a, b = model(input_ids=ids).logits[:, 1].float()
-    return torch.allclose(a, b, rtol=0.01, atol=0.01)
+ENVS = {"overcooked": OvercookedText, "virtualhome": VirtualHomeText}
+
+
+def make_env(agent, settings):
+    """An environment, wrapped for the agent, at the start of an episode."""
+    return agent.wrapper(ENVS[settings.env](settings.task, settings.gamma), settings.gamma)
+
+
+def make_agent(settings, agent_class=Agent, lora=add_lora):
+    """Put the parts together: the LM, LoRA and critic, the scorer, and the rehearsal."""
+    model, tokenizer = load_lm(settings.model, settings.device, settings.dtype)
+    model = lora(model)
+    coef = settings.rehearsal_coef
+    rehearsal = Rehearsal(model, tokenizer.vocab_size, coef) if coef else None
+    return agent_class(model, tokenizer, settings, choose_scorer(model), rehearsal)
 
 
 # === 11. Several processes: each plays its own episodes, and averages keep their weights equal. ===
@@ -976,7 +984,7 @@ def start_processes():
     They begin with equal weights, because all use the same seed, and every gradient is averaged, so
     the weights stay equal. The KL divergence is averaged, so they stop an update together. Each has
     random numbers, episodes and minibatches of its own, and normalises its own advantages. Only the
-    first one prints and writes. When one fails, torchrun ends the others."""
+    first one prints results and writes files. When one fails, torchrun ends the others."""
     if N_PROCESSES > 1:
         if torch.cuda.is_available():  # one GPU for each process of a machine
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -994,11 +1002,29 @@ def gather(value):
 
 
 # === 12. A run: keep in a folder what is needed to go on, and what came out. ======================
-class Run:
-    """A folder with these files. All but the adapter's are written aside and renamed, so that a
-    kill leaves the old one or the new one, whole:
+def claim_folder(settings, method):
+    """Make the folder that --out names, or the first free one in runs/, for all processes. mkdir
+    fails where another program was faster, so that two runs never share a folder."""
+    label = settings.norm if method == "twosome" else method
+    name = f"runs/{settings.task}-{label}-seed{settings.seed}"
+    names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
+    claimed = None
+    if RANK == 0:
+        for path in map(Path, names):
+            with suppress(FileExistsError):
+                path.mkdir(parents=True)
+                claimed = path
+                break
+    claimed = gather(claimed)[0]  # the one of the first process
+    require(claimed, f"{names[0]} exists; choose another --out, or --resume it")
+    return claimed
 
-        config.json     the settings
+
+class Run:
+    """A folder with these files. All but the adapter's are written aside and then renamed, so that
+    a kill leaves the old one or the new one, whole:
+
+        config.json     the settings and the method
         metrics.csv     the log, a row for each update
         checkpoint.pt   all that is needed to go on
         adapter/        LoRA, in the format of peft
@@ -1021,6 +1047,37 @@ class Run:
             unfinished = self.path / f"{name}.tmp"
             unfinished.write_bytes(content)
             unfinished.replace(self.path / name)
+
+    def restore(self, agent, envs):
+        """Go on from the checkpoint, if there is one. With the same --steps, on the same device,
+        the results are those of an unbroken run, up to rounding. More --steps stretch the
+        schedule."""
+        if (self.path / "checkpoint.pt").exists():
+            saved = self.load(agent)
+            n = len(saved["envs"])
+            require(n == N_PROCESSES, f"{self.path} was begun with {n} processes; use as many")
+            for env, state in zip(envs, saved["envs"][RANK], strict=True):
+                env.obs, env.info = env.env.set_state(state)
+            self.rows, self.before, self.decisions = saved["log"]
+            if self.rows:
+                self.started -= self.rows[-1]["seconds"]  # The clock goes on.
+
+    def load(self, agent):
+        """Put weights and optimisers back, and return the checkpoint."""
+        path = self.path / "checkpoint.pt"
+        try:
+            # weights_only refuses a pickle that would run a program.
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for name, weight in trainable(agent).items():
+                # view_as, because copy_ alone would stretch a smaller weight.
+                weight.data.copy_(saved["weights"][name].view_as(weight))
+            agent.actor_optimizer.load_state_dict(saved["actor_optimizer"])
+            agent.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+        except Exception as error:  # A damaged file can fail in any way.
+            raise UserError(
+                f"{path} is missing, damaged, or of another LM or method: {error}"
+            ) from error
+        return saved
 
     def log(self, metrics):
         clock = {"seconds": time.perf_counter() - self.started}
@@ -1046,64 +1103,15 @@ class Run:
         self.write("config.json", json.dumps(self.config, indent=2).encode())
         self.write("checkpoint.pt", content.getvalue())
 
-    def load(self, agent):
-        """Put weights and optimiser back, and return the checkpoint."""
-        path = self.path / "checkpoint.pt"
-        try:
-            # weights_only refuses a pickle that would run a program.
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            for name, weight in trainable(agent).items():
-                # view_as, because copy_ alone would stretch a smaller weight.
-                weight.data.copy_(saved["weights"][name].view_as(weight))
-            agent.actor_optimizer.load_state_dict(saved["actor_optimizer"])
-            agent.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-        except Exception as error:  # A damaged file can fail in any way.
-            raise UserError(
-                f"{path} is missing, damaged, or of another LM or method: {error}"
-            ) from error
-        return saved
-
-    def restore(self, agent, envs):
-        """Go on from the checkpoint, if there is one. With the same --steps, on the same device,
-        the results are those of an unbroken run, up to rounding. With more the schedule is
-        stretched."""
-        if (self.path / "checkpoint.pt").exists():
-            saved = self.load(agent)
-            n = len(saved["envs"])
-            require(n == N_PROCESSES, f"{self.path} was begun with {n} processes; use as many")
-            for env, state in zip(envs, saved["envs"][RANK], strict=True):
-                env.obs, env.info = env.env.set_state(state)
-            self.rows, self.before, self.decisions = saved["log"]
-            if self.rows:
-                self.started -= self.rows[-1]["seconds"]  # The clock goes on.
-
     def save_adapter(self, agent):
         """Keep LoRA in the format of peft. A baseline has none."""
         if RANK == 0 and hasattr(agent.model, "save_pretrained"):
             agent.model.save_pretrained(self.path / "adapter", save_embedding_layers=False)
 
     def finish(self, after):
-        """Keep what came out."""
+        """Write summary.json."""
         results = {"decisions": self.decisions, "before": self.before, "after": after}
         self.write("summary.json", json.dumps(self.config | results, indent=2).encode())
-
-
-def claim_folder(settings, method):
-    """Make the folder that --out names, or the first free one in runs/, for all processes. mkdir
-    fails where another program was faster, so that two runs never share a folder."""
-    label = settings.norm if method == "twosome" else method
-    name = f"runs/{settings.task}-{label}-seed{settings.seed}"
-    names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
-    claimed = None
-    if RANK == 0:
-        for path in map(Path, names):
-            with suppress(FileExistsError):
-                path.mkdir(parents=True)
-                claimed = path
-                break
-    claimed = gather(claimed)[0]  # the one of the first process
-    require(claimed, f"{names[0]} exists; choose another --out, or --resume it")
-    return claimed
 
 
 # === 13. What one sees at the end: one episode in full, and the means of a hundred. ===============
@@ -1123,7 +1131,7 @@ def show_episode(agent, new_env, rng):
 
 
 def report(agent, new_env, rng, title):
-    """Play 100 episodes; print another one in full, then their means. Returns the means."""
+    """Play 100 episodes, print one more in full, then the means of the 100, and return them."""
     result = evaluate(agent, new_env, EVALUATION_EPISODES, rng)
     if hasattr(agent.model, "disable_adapter"):  # A baseline has no adapter.
         show_episode(agent, new_env, rng)
@@ -1131,7 +1139,7 @@ def report(agent, new_env, rng, title):
     return result
 
 
-# === 14. Checks: what would fail later is refused before anything is played. ======================
+# === 14. Checks: settings and environment are tried before an LM is loaded. =======================
 def make_settings(**values):
     """The settings, checked, and with those that depend on the task filled in."""
     settings = Settings(**values)
@@ -1148,6 +1156,7 @@ def make_settings(**values):
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
         settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
+    # Whole numbers are at least 1; steps, seed and fractions are at least 0.
     for field in fields(Settings):
         name, value = field.name, getattr(settings, field.name)
         if field.type in (int, float):
@@ -1173,6 +1182,47 @@ def try_env(settings):
 # === 15. The command line: train, go on with a run, or evaluate it. ===============================
 # What main reports in one line. All else is a bug and shows its traceback.
 USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutOfMemoryError
+
+
+def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
+    """Train, or evaluate what was trained. From Python, agent = main(["--env", "virtualhome"]).
+    The other arguments let experiments/ train other agents with the same command line."""
+    run = evaluated = None
+    try:
+        # Find mistakes while they cost nothing, and claim a folder.
+        settings, resumed, evaluated = parse(argv, defaults or {})
+        try_env(settings)
+        start_processes()
+        path = resumed or evaluated or claim_folder(settings, method)
+        run = Run(path, settings, method)
+
+        torch.manual_seed(settings.seed)
+        agent = make_agent(settings)
+        new_env = partial(make_env, agent, settings)
+        if evaluated:
+            run.load(agent)
+            rng = run.rng("other episodes")
+            report(agent, new_env, rng, f"100 other episodes of {settings.task}")
+            return agent
+
+        print(
+            f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
+            f"seed {settings.seed}; all settings and results are in {path}"
+        )
+        train(agent, new_env, run)
+        run.save_adapter(agent)
+        run.finish(report(agent, new_env, run.rng("after training"), "after training"))
+        print(f"More episodes: python {program} --evaluate {shlex.quote(str(path))}")
+        return agent
+
+    except USER_ERRORS as error:
+        message = " ".join(str(error).split()) or "interrupted"
+        if run and not evaluated:
+            try:
+                run.path.rmdir()  # This removes only an empty folder: nothing was saved.
+            except OSError:
+                message += f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
+        sys.exit(f"{program}: {message}")
 
 
 def parse(argv, defaults):
@@ -1221,43 +1271,6 @@ def read_config(path, **changes):
     if changes.get("env", config["env"]) != config["env"]:  # It has other defaults.
         config |= {"task": None, "gamma": None, "steps": None}
     return config | changes
-
-
-def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
-    """Train, or evaluate what was trained. From Python, agent = main(["--env", "virtualhome"]).
-    The other arguments let experiments/ train other agents with the same command line."""
-    run = evaluated = None
-    try:
-        settings, resumed, evaluated = parse(argv, defaults or {})
-        try_env(settings)
-        start_processes()
-        path = resumed or evaluated or claim_folder(settings, method)
-        run = Run(path, settings, method)
-        torch.manual_seed(settings.seed)
-        agent = make_agent(settings)
-        new_env = partial(make_env, agent, settings)
-        if evaluated:
-            run.load(agent)
-            rng = run.rng("other episodes")
-            report(agent, new_env, rng, f"100 other episodes of {settings.task}")
-            return agent
-        print(
-            f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
-            f"seed {settings.seed}; all settings and results are in {path}"
-        )
-        train(agent, new_env, run)
-        run.save_adapter(agent)
-        run.finish(report(agent, new_env, run.rng("after training"), "after training"))
-        print(f"More episodes: python {program} --evaluate {shlex.quote(str(path))}")
-        return agent
-    except USER_ERRORS as error:
-        message = " ".join(str(error).split()) or "interrupted"
-        if run and not evaluated:
-            try:
-                run.path.rmdir()  # This removes only an empty folder: nothing was saved.
-            except OSError:
-                message += f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
-        sys.exit(f"{program}: {message}")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,8 @@ PLAN = [
     ("E1 E4", [*UNTRAINED, "random"], TASKS, 1, dict.fromkeys(TASKS, 0)),
     ("E3 E5", list(DEPARTURES), SHORT, 3, {}),
     ("E4", list(PROMPTS)[1:], SHORT, 3, {}),
-    ("E1 E3", NORMS, LONG, 5, {}),
+    ("E1 E3", ["word"], LONG, 5, {}),
+    ("E1 E3", ["token", "none"], LONG, 3, {}),
 ]
 
 
