@@ -85,23 +85,21 @@ from overcooked_text import OvercookedText
 from virtualhome_text import VirtualHomeText
 
 
-# === 1. Settings: one set for all tasks and small LMs; only steps and gamma come from the world. ==
-# Words: a decision is the choice of an action, which takes one or more primitive steps, the moves
-# of the world. An update plays some decisions, the rollout, and learns from them in some gradient
-# steps, which change weights. `steps` and `rollout_steps` count decisions.
+# === 1. Settings: one set for all tasks and small LMs; only steps and gamma depend on the task. ===
+# Words: a decision chooses an action, which takes one or more primitive steps, the world's moves.
+# An update plays a rollout of decisions and learns from it in some gradient steps, which change
+# weights. `steps` and `rollout_steps` count decisions.
 # Shapes: B states with K actions each; L tokens; D hidden units; T decisions in each of N
 # environments, n = T * N in all; m of them in a chunk of a minibatch. P is a probability of the LM,
 # pi(a | s) the policy, s' the state after the action, V(s) a value, R a return, A an advantage.
 @dataclass
 class Settings:
-    """Each line is a flag of the command line, such as --n_envs 8."""
+    """Each line is a flag of the command line, such as --n_envs 8; its type parses the flag."""
 
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = (
-        None  # decisions to learn from; None: by the task, tomato-salad 4,096; paper: 50,000+
-    )
+    steps: int = None  # decisions; None: by the task, tomato-salad 4,096; paper: 50,000 or more
     gamma: float = None  # of a primitive step; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
@@ -114,12 +112,12 @@ class Settings:
     rollout_steps: int = 64  # decisions in each environment between two updates; paper: 32
     gae_lambda: float = 0.95  # trades bias against variance of the advantage; paper: 0.95
     # PPO
-    epochs: int = 2  # the actor's passes over a rollout; more cost more of the language; paper: 1
+    epochs: int = 2  # the actor's passes over a rollout; with more the LM forgets more; paper: 1
     minibatches: int = 4  # gradient steps in each epoch; more take longer; paper: 4
     value_epochs: int = 10  # the critic's passes over a rollout, which are cheap; paper: 1
     policy_lr: float = 1e-3  # of LoRA; tried with up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic, a common rate for a small MLP; paper: 1e-5 or 5e-5
-    clip_coef: float = 0.2  # PPO's clip range: how far one decision may move pi; paper: 0.2
+    clip_coef: float = 0.2  # PPO's clip range, beyond which a decision has no gradient; paper: 0.2
     ent_coef: float = 0.01  # entropy bonus at first, against settling too early; paper: 0.01
     target_kl: float = 0.02  # the actor's update stops beyond this KL divergence; paper: 0.02
     max_grad_norm: float = 0.5  # longer gradients are shortened, against leaps; paper: 0.5
@@ -133,7 +131,7 @@ class Settings:
 EVALUATION_EPISODES = 100  # in each process, before training and after it
 LORA_BLOCKS = 10  # LoRA is in the last ten blocks, as section 4 explains; paper: in all
 LORA_RANK = 32  # With less, pocket_lm learns slowly; paper: 8.
-CACHE_SIZE = 100_000  # A lasting cache with more entries is emptied, or drops the oldest ones.
+CACHE_SIZE = 100_000  # A lasting cache with more entries is emptied, or drops the longest unused.
 # torchrun (section 11) starts several processes and tells each its rank. With one process the rank
 # is 0, and all code about processes has no effect.
 RANK = int(os.environ.get("RANK", 0))
@@ -142,7 +140,7 @@ N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 # --- Helpers ---
 class UserError(ValueError):
-    """A mistake of the user, which is reported in one line. A bug shows its traceback."""
+    """A mistake of the user, which is reported in one line."""
 
 
 def require(condition, message):
@@ -452,8 +450,8 @@ class Agent(nn.Module):
     def features(self, states):
         """The critic's inputs (B, D): the LM's last hidden state at the last token of the prompt,
         not of the phrases. The adapter is off, because with it the inputs would shift with each
-        gradient step of the actor, and could not be cached. There is no gradient, because the
-        critic is not to change the LM."""
+        gradient step of the actor, and could not be cached. Nor is there a gradient: the critic
+        must not change the LM."""
         if len(self.feature_cache) > CACHE_SIZE:
             self.feature_cache.clear()
         with self.model.disable_adapter():
@@ -560,7 +558,7 @@ def policy_loss(log_pi_a, old_log_pi_a, entropy, advantage, clip_coef, ent_coef)
 
     The tensors are (m,). In the first minibatch of an update pi is still pi_old, so the ratio is 1,
     up to rounding. Where A > 0 and ratio > 1 + c, or A < 0 and ratio < 1 - c, the first term is
-    constant and its gradient is 0: this decision has moved the policy far enough.
+    constant and its gradient is 0: this decision pushes no further.
 
     Example: the decision turned out well, A = 0.5, and gradient steps have raised its probability
     from 0.50 to 0.65. The ratio 1.3 is beyond 1.2, and the loss stays -1.2 * 0.5.
@@ -646,7 +644,7 @@ def update_actor(agent, rollout, remaining, rng):
     # that keeps the policy exploring.
     advantage = rollout.advantage - rollout.advantage.mean()
     advantage /= advantage.std(correction=0) + 0.1
-    # The bonus falls to 0. At the end it would only keep the policy random.
+    # The bonus falls towards 0. At the end it would only keep the policy random.
     ent_coef = remaining * settings.ent_coef
     for batch in minibatches(len(advantage), settings.epochs, settings.minibatches, rng):
         agent.actor_optimizer.zero_grad()
@@ -716,23 +714,23 @@ def train(agent, new_env, run):
     print(f"untrained: {describe(run.before)}")
     decisions_per_update = settings.n_envs * settings.rollout_steps * N_PROCESSES
     n_updates = math.ceil(settings.steps / decisions_per_update)
-    n_steps = n_updates * settings.epochs * settings.minibatches
+    n_gradient_steps = n_updates * settings.epochs * settings.minibatches
     print(
         f"{n_updates} updates of {decisions_per_update} decisions, "
-        f"at most {n_steps} gradient steps of LoRA"
+        f"at most {n_gradient_steps} gradient steps of LoRA"
     )
     # disable=None shows the bar only in a terminal.
     bar = tqdm(total=n_updates, initial=len(run.rows), unit="update", disable=RANK > 0 or None)
     while len(run.rows) < n_updates:
-        # Play, and judge each decision by what followed.
-        # Seeded by the count of decisions, so that a resumed run draws the same numbers.
+        # Play, and judge each decision by what followed. The seed is the count of decisions, so
+        # that a resumed run draws the same numbers.
         rng = run.rng(f"decision {run.decisions}")
         rollout = collect(agent, envs, rng)
         run.decisions += decisions_per_update
         # Without any reward, advantages show only what the critic believes. We skip such a rollout
         # and play on; the paper's code learns from it. The cost of our rule is a critic that sees
         # fewer failures and expects too much. In Overcooked each primitive step costs a little, so
-        # none is skipped. A skipped rollout counts in `decisions`, but it is no update.
+        # none is skipped. A skipped rollout counts in `decisions`, not as an update.
         if average(rollout.reward.abs().sum()) == 0:
             require(run.decisions < 100 * n_updates * decisions_per_update, "hardly any reward")
             continue
@@ -740,8 +738,8 @@ def train(agent, new_env, run):
         # Learn: the gradient steps of PPO.
         metrics = agent.learn(rollout, 1 - len(run.rows) / n_updates, rng)
 
-        # Log how the agent does in new episodes, played to their end. In a rollout, which is cut
-        # after T decisions, the short episodes, which are the successes, would be overcounted.
+        # Log how the agent does in new, whole episodes. A rollout is cut after T decisions, so the
+        # short episodes, which are the successes, would be overcounted.
         run.log(evaluate(agent, new_env, settings.test_episodes, rng) | metrics)
         run.save(agent, envs)
         bar.update()
@@ -831,8 +829,8 @@ class FrozenBlocks(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.cache = {}  # node -> hidden state (D,)
-        # The nodes of TreeScorer's next pass, for which the LM's forward has no argument. In other
-        # passes there are none: all blocks run, and nothing is cached.
+        # TreeScorer puts the nodes of its next pass here, as the LM's forward cannot carry them. In
+        # other passes there are none: all blocks run, and nothing is cached.
         self.next_nodes = ()
 
     def forward(self, hidden, *args, **kwargs):
@@ -908,7 +906,7 @@ def choose_scorer(model):
     return plain_log_probs
 
 
-# === 10. Loading: an environment, and a causal LM, without running anybody's code. ================
+# === 10. Loading: an LM, without running a stranger's code, and an environment. ===================
 @torch.no_grad()
 def is_causal(model):
     """Two texts differ only in their third token. At the second token a causal LM predicts the same
@@ -930,7 +928,7 @@ def load_lm(name, device="cpu", dtype="float32"):
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tokenizer("a", return_offsets_mapping=True)["offset_mapping"]  # Some tokenizers have none.
+        tokenizer("a", return_offsets_mapping=True)["offset_mapping"]  # It fails if it has none.
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -951,8 +949,9 @@ def load_lm(name, device="cpu", dtype="float32"):
 
     if Path(path).is_dir():
         model.name_or_path = Path(path).name  # LoRA's files shall name the LM, but no home folder.
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokenizer.model_max_length = longest or tokenizer.model_max_length
+    tokenizer.model_max_length = getattr(
+        model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length
+    )
     if model.num_parameters() < 1e7:
         torch.set_num_threads(1)  # Small matrices gain nothing from a second core.
     return model, tokenizer
@@ -1004,7 +1003,7 @@ def gather(value):
 # === 12. A run: keep in a folder what is needed to go on, and what came out. ======================
 def claim_folder(settings, method):
     """Make the folder that --out names, or the first free one in runs/, for all processes. mkdir
-    fails where another program was faster, so that two runs never share a folder."""
+    fails where another program was faster, so that two new runs never share a folder."""
     label = settings.norm if method == "twosome" else method
     name = f"runs/{settings.task}-{label}-seed{settings.seed}"
     names = [settings.out] if settings.out else [name] + [f"{name}-{i}" for i in range(2, 1000)]
@@ -1048,37 +1047,6 @@ class Run:
             unfinished.write_bytes(content)
             unfinished.replace(self.path / name)
 
-    def restore(self, agent, envs):
-        """Go on from the checkpoint, if there is one. With the same --steps, on the same device,
-        the results are those of an unbroken run, up to rounding. More --steps stretch the
-        schedule."""
-        if (self.path / "checkpoint.pt").exists():
-            saved = self.load(agent)
-            n = len(saved["envs"])
-            require(n == N_PROCESSES, f"{self.path} was begun with {n} processes; use as many")
-            for env, state in zip(envs, saved["envs"][RANK], strict=True):
-                env.obs, env.info = env.env.set_state(state)
-            self.rows, self.before, self.decisions = saved["log"]
-            if self.rows:
-                self.started -= self.rows[-1]["seconds"]  # The clock goes on.
-
-    def load(self, agent):
-        """Put weights and optimisers back, and return the checkpoint."""
-        path = self.path / "checkpoint.pt"
-        try:
-            # weights_only refuses a pickle that would run a program.
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            for name, weight in trainable(agent).items():
-                # view_as, because copy_ alone would stretch a smaller weight.
-                weight.data.copy_(saved["weights"][name].view_as(weight))
-            agent.actor_optimizer.load_state_dict(saved["actor_optimizer"])
-            agent.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-        except Exception as error:  # A damaged file can fail in any way.
-            raise UserError(
-                f"{path} is missing, damaged, or of another LM or method: {error}"
-            ) from error
-        return saved
-
     def log(self, metrics):
         clock = {"seconds": time.perf_counter() - self.started}
         self.rows.append({"decisions": self.decisions} | metrics | clock)
@@ -1102,6 +1070,37 @@ class Run:
         torch.save(checkpoint, content)
         self.write("config.json", json.dumps(self.config, indent=2).encode())
         self.write("checkpoint.pt", content.getvalue())
+
+    def load(self, agent):
+        """Put weights and optimisers back, and return the checkpoint."""
+        path = self.path / "checkpoint.pt"
+        try:
+            # weights_only refuses a pickle that would run a program.
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for name, weight in trainable(agent).items():
+                # view_as fails on another size; copy_ alone would stretch a smaller weight.
+                weight.data.copy_(saved["weights"][name].view_as(weight))
+            agent.actor_optimizer.load_state_dict(saved["actor_optimizer"])
+            agent.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+        except Exception as error:  # A damaged file can fail in any way.
+            raise UserError(
+                f"{path} is missing, damaged, or of another LM or method: {error}"
+            ) from error
+        return saved
+
+    def restore(self, agent, envs):
+        """Go on from the checkpoint, if there is one. With the same --steps, on the same device,
+        the results are those of an unbroken run, up to rounding. More --steps stretch the
+        schedule."""
+        if (self.path / "checkpoint.pt").exists():
+            saved = self.load(agent)
+            n = len(saved["envs"])
+            require(n == N_PROCESSES, f"{self.path} was begun with {n} processes; use as many")
+            for env, state in zip(envs, saved["envs"][RANK], strict=True):
+                env.obs, env.info = env.env.set_state(state)
+            self.rows, self.before, self.decisions = saved["log"]
+            if self.rows:
+                self.started -= self.rows[-1]["seconds"]  # The clock goes on.
 
     def save_adapter(self, agent):
         """Keep LoRA in the format of peft. A baseline has none."""
@@ -1139,7 +1138,7 @@ def report(agent, new_env, rng, title):
     return result
 
 
-# === 14. Checks: settings and environment are tried before an LM is loaded. =======================
+# === 14. Checks: most settings and the environment, before an LM is loaded. =======================
 def make_settings(**values):
     """The settings, checked, and with those that depend on the task filled in."""
     settings = Settings(**values)
@@ -1155,7 +1154,7 @@ def make_settings(**values):
     settings.steps = env.STEPS[settings.task] if settings.steps is None else settings.steps
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
-        settings.model = str(Path(settings.model).resolve())  # for --resume from another folder
+        settings.model = str(Path(settings.model).resolve())  # for --resume from elsewhere
     # Whole numbers are at least 1; steps, seed and fractions are at least 0.
     for field in fields(Settings):
         name, value = field.name, getattr(settings, field.name)
@@ -1180,56 +1179,11 @@ def try_env(settings):
 
 
 # === 15. The command line: train, go on with a run, or evaluate it. ===============================
-# What main reports in one line. All else is a bug and shows its traceback.
-USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutOfMemoryError
-
-
-def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
-    """Train, or evaluate what was trained. From Python, agent = main(["--env", "virtualhome"]).
-    The other arguments let experiments/ train other agents with the same command line."""
-    run = evaluated = None
-    try:
-        # Find mistakes while they cost nothing, and claim a folder.
-        settings, resumed, evaluated = parse(argv, defaults or {})
-        try_env(settings)
-        start_processes()
-        path = resumed or evaluated or claim_folder(settings, method)
-        run = Run(path, settings, method)
-
-        torch.manual_seed(settings.seed)
-        agent = make_agent(settings)
-        new_env = partial(make_env, agent, settings)
-        if evaluated:
-            run.load(agent)
-            rng = run.rng("other episodes")
-            report(agent, new_env, rng, f"100 other episodes of {settings.task}")
-            return agent
-
-        print(
-            f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
-            f"seed {settings.seed}; all settings and results are in {path}"
-        )
-        train(agent, new_env, run)
-        run.save_adapter(agent)
-        run.finish(report(agent, new_env, run.rng("after training"), "after training"))
-        print(f"More episodes: python {program} --evaluate {shlex.quote(str(path))}")
-        return agent
-
-    except USER_ERRORS as error:
-        message = " ".join(str(error).split()) or "interrupted"
-        if run and not evaluated:
-            try:
-                run.path.rmdir()  # This removes only an empty folder: nothing was saved.
-            except OSError:
-                message += f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
-        sys.exit(f"{program}: {message}")
-
-
 def parse(argv, defaults):
     """Return (settings, resumed, evaluated).
 
         python twosome.py                  a new run: the defaults, and the flags that were typed
-        python twosome.py --resume RUN     the settings of RUN; few flags may change
+        python twosome.py --resume RUN     the settings of RUN; three flags may change
         python twosome.py --evaluate RUN   the settings of RUN, and the flags that were typed
 
     `resumed` and `evaluated` are the folders of these runs, or None."""
@@ -1266,11 +1220,56 @@ def read_config(path, **changes):
         config = json.loads(Path(path, "config.json").read_text())
         del config["method"]
         Settings(**config)
+        if changes.get("env", config["env"]) != config["env"]:  # It has other defaults.
+            config |= {"task": None, "gamma": None, "steps": None}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the folder of a run: {error!r}") from error
-    if changes.get("env", config["env"]) != config["env"]:  # It has other defaults.
-        config |= {"task": None, "gamma": None, "steps": None}
     return config | changes
+
+
+# main reports these in one line. All else is a bug and shows its traceback.
+USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutOfMemoryError
+
+
+def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, program="twosome.py"):
+    """Train, or evaluate what was trained. From Python, agent = main(["--env", "virtualhome"]).
+    The other arguments let experiments/ train other agents with the same command line."""
+    run = evaluated = None
+    try:
+        # Find mistakes while they cost nothing, and claim a folder.
+        settings, resumed, evaluated = parse(argv, defaults or {})
+        try_env(settings)
+        start_processes()
+        path = resumed or evaluated or claim_folder(settings, method)
+        run = Run(path, settings, method)
+
+        torch.manual_seed(settings.seed)
+        agent = make_agent(settings)
+        new_env = partial(make_env, agent, settings)
+        if evaluated:
+            run.load(agent)
+            rng = run.rng("other episodes")
+            report(agent, new_env, rng, f"100 other episodes of {settings.task}")
+            return agent
+
+        print(
+            f"{settings.task} with {settings.model}, norm {settings.norm}, gamma {settings.gamma}, "
+            f"seed {settings.seed}; all settings and results are in {path}"
+        )
+        train(agent, new_env, run)
+        run.save_adapter(agent)
+        run.finish(report(agent, new_env, run.rng("after training"), "after training"))
+        print(f"More episodes: python {program} --evaluate {shlex.quote(str(path))}")
+        return agent
+
+    except USER_ERRORS as error:
+        message = " ".join(str(error).split()) or "interrupted"
+        if RANK == 0 and run and not evaluated:
+            try:
+                run.path.rmdir()  # This fails unless it is empty: then something was saved.
+            except OSError:
+                message += f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
+        sys.exit(f"{program}: {message}")
 
 
 if __name__ == "__main__":
