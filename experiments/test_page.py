@@ -41,7 +41,10 @@ const read = () => ({
 async function drive() {
   const decisions = [], episodes = [];
   const tokensAtFirst = all(".token").length;
-  press("t");
+  knob("phrases");
+  const guessed = [all("#actions button")[0].getAttribute("aria-label"), all(".badge").length,
+    ...[".bar", "#actions small"].map((name) => getComputedStyle(all(name)[0]).visibility)];
+  knob("tokens");
   while (all(".badge.best").length) {
     decisions.push(read());
     all(".badge.best")[0].closest("button").click();
@@ -56,7 +59,7 @@ async function drive() {
     while (timer) await new Promise((resolve) => setTimeout(resolve, 20));
     episodes.push({choices: path.slice(0, -1).map((decision) => decision.chosen), ...read()});
   }
-  return {tokensAtFirst, decisions, end, marked, length, undone, episodes};
+  return {tokensAtFirst, guessed, decisions, end, marked, length, undone, episodes};
 }
 
 drive().then((result) => { byId("result").textContent = JSON.stringify({...result, errors}); });
@@ -165,6 +168,11 @@ def test_tokens_are_hidden_at_first_and_then_those_of_the_definition(run, env, s
         expected += log_probs[range(len(ids)), ids].tolist()
     assert seen["tokensAtFirst"] == 0
     assert seen["decisions"][0]["tokens"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_nothing_tells_the_answers_while_a_class_guesses(env, seen):
+    (phrase, *_) = env.info["actions"].values()
+    assert seen["guessed"] == [f"1: {phrase}", 0, "hidden", "hidden"]
 
 
 def test_success_and_return_are_those_of_exact_py(run, seen):
