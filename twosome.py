@@ -99,7 +99,7 @@ class Settings:
     # The task
     env: str = "overcooked"  # the environment: overcooked or virtualhome
     task: str = None  # None: tomato-salad or food-preparation, by the environment
-    steps: int = None  # decisions; None: by the task, tomato-salad 4,096; paper: 50,000 or more
+    steps: int = None  # decisions to learn from; None: by task, tomato-salad 4,096; paper: 50,000+
     gamma: float = None  # of a primitive step; None: overcooked 0.99, virtualhome 0.95, as paper
     # The LM and the policy
     model: str = "pocket_lm"  # a tiny LM in this repository, or a folder or Hub id; paper: LLaMA-7B
@@ -117,7 +117,7 @@ class Settings:
     value_epochs: int = 10  # the critic's passes over a rollout, which are cheap; paper: 1
     policy_lr: float = 1e-3  # of LoRA; tried with up to 135M weights; paper (7B): 5e-7
     value_lr: float = 1e-3  # of the critic, a common rate for a small MLP; paper: 1e-5 or 5e-5
-    clip_coef: float = 0.2  # PPO's clip range, beyond which a decision has no gradient; paper: 0.2
+    clip_coef: float = 0.2  # PPO's clip range: to move a ratio past it earns nothing; paper: 0.2
     ent_coef: float = 0.01  # entropy bonus at first, against settling too early; paper: 0.01
     target_kl: float = 0.02  # the actor's update stops beyond this KL divergence; paper: 0.02
     max_grad_norm: float = 0.5  # longer gradients are shortened, against leaps; paper: 0.5
@@ -290,7 +290,7 @@ def plain_log_probs(model, encoded):
     (Eq. numbers are the paper's.) `encoded` has B pairs from `encode`. Returns B float32 tensors
     (K,), with gradients. There is no factor for the end of the text: what follows the action does
     not matter. For most LMs make_agent chooses a faster way to the same numbers (section 9). With
-    this one a run is slower, and the same until rounding changes a sampled action."""
+    this one a run is slower. It is the same until rounding changes a sampled action."""
     log_probs = []
     for prompt_ids, action_ids in encoded:
         rows = [torch.tensor(prompt_ids + ids) for ids in action_ids]
@@ -817,7 +817,7 @@ def as_tree(encoded):
 
 class FrozenBlocks(nn.Module):
     """All blocks below LoRA, as one module. They are frozen, so the hidden state of a prefix after
-    them never changes, and is cached. If all prefixes of a pass are known, no block runs.
+    them never changes, and is cached. If all prefixes of a pass are known, none of them runs.
 
         before  [frozen 0,                frozen 1,          frozen 2,          LoRA 3, LoRA 4]
         after   [FrozenBlocks([0, 1, 2]), FrozenBlocks([]),  FrozenBlocks([]),  LoRA 3, LoRA 4]
@@ -983,7 +983,7 @@ def start_processes():
     They begin with equal weights, because all use the same seed, and every gradient is averaged, so
     the weights stay equal. The KL divergence is averaged, so they stop an update together. Each has
     random numbers, episodes and minibatches of its own, and normalises its own advantages. Only the
-    first one prints results and writes files. When one fails, torchrun ends the others."""
+    first one prints results and writes files. N processes make 1/N as many updates."""
     if N_PROCESSES > 1:
         if torch.cuda.is_available():  # one GPU for each process of a machine
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -1227,7 +1227,7 @@ def read_config(path, **changes):
     return config | changes
 
 
-# main reports these in one line. All else is a bug and shows its traceback.
+# main reports these in one line. Any other error shows its traceback.
 USER_ERRORS = UserError, OSError, KeyboardInterrupt, SafetensorError, torch.OutOfMemoryError
 
 
@@ -1249,7 +1249,7 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         if evaluated:
             run.load(agent)
             rng = run.rng("other episodes")
-            report(agent, new_env, rng, f"100 other episodes of {settings.task}")
+            report(agent, new_env, rng, f"other episodes of {settings.task}")
             return agent
 
         print(
