@@ -1149,12 +1149,13 @@ def make_settings(**values):
         settings.task in env.TASKS,
         f"--task {settings.task} is none of {settings.env}'s: {', '.join(env.TASKS)}",
     )
-    require(settings.norm in ("word", "token", "none"), f"--norm {settings.norm} is unknown")
     settings.gamma = env.GAMMA if settings.gamma is None else settings.gamma
     settings.steps = env.STEPS[settings.task] if settings.steps is None else settings.steps
     settings.model = settings.model.rstrip("/")
     if settings.model != "pocket_lm" and Path(settings.model).is_dir():
         settings.model = str(Path(settings.model).resolve())  # for --resume from elsewhere
+
+    require(settings.norm in ("word", "token", "none"), f"--norm {settings.norm} is unknown")
     # Whole numbers are at least 1; steps, seed and fractions are at least 0.
     for field in fields(Settings):
         name, value = field.name, getattr(settings, field.name)
