@@ -1157,10 +1157,10 @@ def make_settings(**values):
 
     require(settings.norm in ("word", "token", "none"), f"--norm {settings.norm} is unknown")
     # Whole numbers are at least 1; steps, seed and fractions are at least 0.
-    for field in fields(Settings):
-        name, value = field.name, getattr(settings, field.name)
-        if field.type in (int, float):
-            low = 1 if field.type is int and name not in ("steps", "seed") else 0
+    for name, kind in Settings.__annotations__.items():
+        value = getattr(settings, name)
+        if kind is not str:
+            low = 1 if kind is int and name not in ("steps", "seed") else 0
             high = 1 if name in ("gamma", "gae_lambda") else 1e12  # 1e12 keeps infinity out.
             require(low <= value <= high, f"--{name} {value} is not between {low} and {high:g}")
     return settings
@@ -1249,8 +1249,7 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
         new_env = partial(make_env, agent, settings)
         if evaluated:
             run.load(agent)
-            rng = run.rng("other episodes")
-            report(agent, new_env, rng, f"other episodes of {settings.task}")
+            report(agent, new_env, run.rng("other episodes"), f"other episodes of {settings.task}")
             return agent
 
         print(
@@ -1265,11 +1264,12 @@ def main(argv=(), method="twosome", defaults=None, make_agent=make_agent, progra
 
     except USER_ERRORS as error:
         message = " ".join(str(error).split()) or "interrupted"
-        if RANK == 0 and run and not evaluated:
-            try:
-                run.path.rmdir()  # This fails unless it is empty: then something was saved.
-            except OSError:
-                message += f"; to go on: python {program} --resume {shlex.quote(str(run.path))}"
+        if run and not evaluated:
+            with suppress(OSError):
+                run.path.rmdir()  # This removes only an empty folder: nothing was saved.
+            if run.path.exists():
+                start = "python" if N_PROCESSES == 1 else f"torchrun --nproc_per_node {N_PROCESSES}"
+                message += f"; to go on: {start} {program} --resume {shlex.quote(str(run.path))}"
         sys.exit(f"{program}: {message}")
 
 
